@@ -1,0 +1,332 @@
+"""Build `docs/` and `README.md` from the notebooks in `nbs/`, without Quarto and without a network.
+
+    python tools/build_docs.py            # build; exit 1, and leave the old site alone, if anything looks wrong
+    python tools/build_docs.py --check    # only say which files changed since the last build; exit 1 if any did
+
+nbdev processes the notebooks as it does for Quarto (hidden cells, `show_doc`, links from backticks), then smalldocs
+makes the pages from the same `nbs/_quarto.yml` that `nbdev-docs` would read. KaTeX is copied from `tools/vendor/katex`.
+Everything is built in a temporary folder: a build that fails changes nothing in the checkout.
+"""
+import argparse
+import hashlib
+import json
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+
+from smalldocs.config import as_list, glob_match, load
+from smalldocs.layout import SiteNav
+from smalldocs.site import SCHEME, Site
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "sumix_nb"
+RECORD = "docs/sources.json"  # What the site was made of: read by `stale`
+
+# Files under `nbs/` that can change a page. `nbdev.yml` is none: each build (and whoever uses Quarto) writes it anew
+PAGE_SOURCES = {".ipynb", ".yml", ".css", ".png", ".svg"}
+NOT_SOURCES = {"nbdev.yml"}
+
+# smalldocs says this of keys that nbdev writes for Quarto alone
+EXPECTED = re.compile(r"unknown key format-links$|\S+: output-file is not read")
+# Text that differs from one machine or run to the next, so that it must not be on a page
+MACHINE = re.compile(r"(?<![\w.])/(?:tmp|home|root|work|Users)/[^\s<\"']*|site-packages|\bat 0x[0-9a-f]{6,}")
+DATA_URI = re.compile(r"data:[\w/+.-]+;base64,[\w+/=]+")
+
+# nbdev's own steps, run by a fresh interpreter inside the staged copy. Not `nbdev_sidebar`: it sorts by the alphabet,
+# `nbs/sidebar.yml` by reading order
+NBDEV_STEPS = """
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+refresh_quarto_yml()
+proc_nbs(force=True)
+"""
+
+
+# ---------------------------------------------------------------- what the site is made of
+
+def page_sources(root):
+    "Files under `nbs/` that can change a page, in a fixed order"
+    hidden = (".", "_proc", "_docs")
+    return [path for path in sorted((root / "nbs").rglob("*"))
+            if path.is_file() and path.suffix in PAGE_SOURCES and path.name not in NOT_SOURCES
+            and not any(part.startswith(hidden) for part in path.relative_to(root).parts)]
+
+
+def source_files(root):
+    "Every file that the site and the README are made of"
+    vendored = [path for path in sorted((root / "tools/vendor").rglob("*")) if path.is_file()]
+    return [*page_sources(root), root / "tools/build_docs.py", *vendored]
+
+
+def built_files(root):
+    "Every file that a build writes, but for the record itself"
+    site = [path for path in sorted((root / "docs").rglob("*")) if path.is_file() and path != root / RECORD]
+    return [root / "README.md", *site]
+
+
+def digests(root, files):
+    "SHA-256 of each file by its path from `root`; files that are not there are left out"
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files if path.is_file()}
+
+
+def write_record(root, built):
+    "Note in `docs/sources.json` of `built` what the build read under `root`, and what it wrote under `built`"
+    record = {"sources": digests(root, source_files(root)), "built": digests(built, built_files(built))}
+    (built / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def stale(root=ROOT):
+    "One line for each file that is not as the last build read or wrote it; an empty list if `docs/` is up to date"
+    record = root / RECORD
+    if not record.is_file(): return [f"{RECORD}: missing, so `docs/` was never built"]
+    then = json.loads(record.read_text(encoding="utf-8"))
+    now = {"sources": digests(root, source_files(root)), "built": digests(root, built_files(root))}
+    lines = []
+    for kind, verb in (("sources", "changed since the build"), ("built", "not as it was built")):
+        for name in sorted(then[kind].keys() | now[kind].keys()):
+            if name not in now[kind]: lines.append(f"{name}: missing")
+            elif name not in then[kind]: lines.append(f"{name}: new since the build")
+            elif then[kind][name] != now[kind][name]: lines.append(f"{name}: {verb}")
+    return lines
+
+
+# ---------------------------------------------------------------- nbdev: notebooks as they are to be shown
+
+def stage(folder):
+    "Copy what the build reads, so that nothing nbdev generates on the way lands in the checkout"
+    for path in [*source_files(ROOT), ROOT / "pyproject.toml"]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+
+
+def declare_package(folder):
+    "Package metadata with the `nbdev` entry point, which turns backticks into links; needs no installation"
+    info = folder / f"{PACKAGE}-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[nbdev]\n{PACKAGE} = {PACKAGE}._modidx:d\n", encoding="utf-8")
+    return folder
+
+
+def process_notebooks(folder):
+    "Run nbdev in the staged copy; the folder of processed notebooks, and what nbdev warned of"
+    metadata = declare_package(folder / "metadata")
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(metadata), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+        "PYTHONHASHSEED": "0",
+        "PYTHONWARNINGS": "ignore,default::UserWarning:nbdev.processors",  # nbdev's own warnings only
+        "MPLBACKEND": "agg",
+        "IPYTHONDIR": str(folder / "ipython"),  # not the profile of whoever builds
+    }
+    done = subprocess.run([sys.executable, "-c", NBDEV_STEPS], cwd=folder, env=env, text=True, stderr=subprocess.PIPE)
+    if done.returncode: raise SystemExit(f"{done.stderr}\nnbdev could not process the notebooks; docs/ is as it was")
+    warnings = [done.stderr.strip()] if "warning" in done.stderr.lower() else []  # as a whole: it shows the cell
+    return folder / "_proc", warnings
+
+
+# `show_doc` writes a rule, a link to the source, a heading, the signature, and the docstring between two asterisks
+SHOW_DOC = re.compile(
+    r"---\n\n(?:\[source\]\((?P<source>[^)]*)\)\{[^}]*\}\n\n)?(?P<level>#+) (?P<name>\S+)\n\n"
+    r"(?P<signature>```python\n.*?\n```)(?:\n\n\*(?P<docstring>.*)\*)?\s*", re.DOTALL)
+
+
+def tidy_show_doc(markdown):
+    "The entry of one symbol as (name, Markdown that renders right), or None if `markdown` is no such entry"
+    entry = SHOW_DOC.fullmatch(markdown)
+    if entry is None: return None
+    name, source = entry["name"].replace("\\", ""), entry["source"]
+    # Without a repository address a link to our own source leads nowhere; the source is on the page (`#| exports`)
+    link = f"[source]({source}){{.api-source}}\n\n" if source and SCHEME.match(source) else ""
+    heading = f"{entry['level']} `{name}` {{#{name.lower()}}}"  # as code: `__len__` is a name, not bold print
+    docstring = f"\n\n{entry['docstring']}" if entry["docstring"] else ""  # not between asterisks: it may hold some
+    return name, f":::: {{.api}}\n\n{link}{heading}\n\n{entry['signature']}{docstring}\n\n::::\n"
+
+
+# nbdev links backticks inside the text of a link too: [the [`name`](/page.html#name) of it](where the author points)
+LINK_IN_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^()\s]*\)([^\[\]]*)\](?=\()")
+
+
+def tidy(path):
+    "Prepare a processed notebook for smalldocs, in place; the names that it documents"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    names = set()
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown": cell["source"] = LINK_IN_LINK.sub(r"[\1\2\3]", "".join(cell["source"]))
+        if cell["cell_type"] != "code": continue
+        if "execution" in cell["metadata"]:  # an import that nbdev ran again: what it logs depends on the machine
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+        for output in cell["outputs"]:
+            markdown = output.get("data", {}).get("text/markdown")
+            entry = tidy_show_doc("".join(markdown)) if markdown else None
+            if entry is None: continue
+            names.add(entry[0].lower())
+            output["data"]["text/markdown"] = entry[1]
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    return names
+
+
+# ---------------------------------------------------------------- smalldocs: pages
+
+class NotebookSite(Site):
+    "smalldocs with nbdev's page names (`10_core.ipynb` is `core.html`), and links that need no address of the site"
+
+    def __init__(self, project, documented):
+        super().__init__(project, quiet=True)
+        self.documented = documented  # {source: names with an entry on its page}
+
+    def read(self, src):
+        "Read a page, and name its output as nbdev does"
+        page = super().read(src)
+        if name := page.front.get("output-file"): page.out = page.src.with_name(str(name))
+        return page
+
+    def find_page(self, target):
+        "The page for a source, a folder, or an output as nbdev's links name it"
+        by_output = {page.out: page for page in self.pages.values()}
+        return by_output.get(PurePosixPath(target)) or super().find_page(target)
+
+    def resolve(self, href, page, record=True):
+        "Rewrite a link; one that nbdev made from backticks (`/core.html#mixup.mix`) goes to the nearest entry"
+        if href.startswith("/") and "#" in href:
+            path, _, name = href.partition("#")
+            target = self.find_page(PurePosixPath(path.lstrip("/")))
+            documented = self.documented.get(target.src, set()) if target else set()
+            while name and name not in documented: name = name.rpartition(".")[0]  # a method has its class's entry
+            href = f"{path}#{name}" if name else path
+        return super().resolve(href, page, record)
+
+    def llms_link(self, href, page):
+        "Rewrite a link for the README: pages are the notebooks themselves, so that it works in the repository"
+        path = href.partition("#")[0]
+        if not path or SCHEME.match(href): return href
+        start = "" if path.startswith("/") else str(page.src.parent)
+        path = posixpath.normpath(posixpath.join(start, path.lstrip("/")))
+        found = self.find_page(PurePosixPath(path))
+        return posixpath.normpath(f"nbs/{found.src if found else path}")
+
+
+def drop_empty_sections(site):
+    "Leave out the sections of the sidebar whose notebooks are not written yet"
+    sidebar = site.project.website["sidebar"]
+    sources = [path.relative_to(site.root).as_posix() for path in sorted(site.root.rglob("*.ipynb"))]
+    sidebar["contents"] = [
+        entry for entry in sidebar["contents"] if "section" not in entry
+        or any(glob_match(source, pattern) for source in sources for pattern in as_list(entry["contents"]))]
+
+
+def make_offline(docs):
+    "Point the pages at the vendored KaTeX, and drop what would ask the network or change from build to build"
+    libs = docs / "site_libs"
+    shutil.copytree(ROOT / "tools/vendor/katex", libs / "katex")
+    katex_cdn = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)?")
+    for path in sorted(docs.rglob("*.html")):
+        up = "../" * (len(path.relative_to(docs).parts) - 1)
+        page = path.read_text(encoding="utf-8")
+        path.write_text(katex_cdn.sub(f"{up}site_libs/katex/", page), encoding="utf-8")
+    web_font = re.compile(r"@import\s*(?:url\([\"']?https?:[^)]*\)|\"https?:[^\"]*\"|'https?:[^']*')[^;]*;")
+    other_formats = re.compile(r",url\(fonts/KaTeX_[\w-]+\.(?:woff|ttf)\) format\(\"\w+\"\)")  # woff2 is enough
+    for path in sorted(docs.rglob("*.css")):
+        css = path.read_text(encoding="utf-8")
+        path.write_text(other_formats.sub("", web_font.sub("", css)), encoding="utf-8")
+    (docs / "sitemap.xml").unlink(missing_ok=True)  # holds dates, and addresses that we do not know
+    (docs / ".nojekyll").touch()
+
+
+def write_readme(site, folder):
+    "`README.md` from the home page, with its figures in `docs/index_files/`"
+    page = site.find_page(PurePosixPath("index.html"))
+    text, figures = site.llms_copy(page)
+    text = re.sub(r"<style.*?</style>\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r"\]\(nbs/index_files/|\]\(index_files/", "](docs/index_files/", text)
+    warning = "<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->"
+    text = f"{warning}\n\n{text.replace(warning, '').strip()}\n"
+    (folder / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
+    for name, data in figures.items():
+        (folder / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "docs" / name).write_bytes(data)
+
+
+def page_problems(site):
+    "What is wrong with the pages as a whole: two of one name, one that the sidebar lacks, text from this machine"
+    seen = {}
+    for page in site.pages.values():
+        if page.out in seen: yield f"{page.src} and {seen[page.out]} would both be {page.out}: rename one"
+        seen[page.out] = page.src
+    sections = [item for bar in SiteNav(site).sidebars for item in bar["items"]]
+    for page in site.pages.values():
+        if not any(item.contains(page) for item in sections): yield f"{page.src} is not in nbs/sidebar.yml"
+        text = DATA_URI.sub("", (site.out / page.out).read_text(encoding="utf-8"))
+        for found in sorted(set(MACHINE.findall(text))): yield f"{page.src} shows text from this machine: {found}"
+
+
+# ---------------------------------------------------------------- the two commands
+
+def publish(built):
+    "Swap the new site and README in; copied next to the old ones first, so that the swap itself is a few renames"
+    scratch = Path(tempfile.mkdtemp(prefix=".docs-", dir=ROOT))
+    try:
+        shutil.copytree(built / "docs", scratch / "docs")
+        shutil.copy(built / "README.md", scratch / "README.md")
+        if (ROOT / "docs").exists(): (ROOT / "docs").rename(scratch / "old")
+        (scratch / "docs").rename(ROOT / "docs")
+        (scratch / "README.md").replace(ROOT / "README.md")
+    finally:
+        if not (ROOT / "docs").exists() and (scratch / "old").exists(): (scratch / "old").rename(ROOT / "docs")
+        shutil.rmtree(scratch)
+
+
+def build():
+    "Build the site and the README; 0 if they were replaced, 1 if problems were found and nothing was touched"
+    if find_spec("nbdev") is None: raise SystemExit("nbdev is not installed: pip install -e '.[dev]'")
+    if not (ROOT / "nbs/index.ipynb").is_file(): raise SystemExit("nbs/index.ipynb, the home page, is missing")
+    with tempfile.TemporaryDirectory(prefix="sumix-docs-") as name:
+        folder = Path(name).resolve()
+        stage(folder)
+        processed, problems = process_notebooks(folder)
+        notebooks = sorted(processed.rglob("*.ipynb"))
+        documented = {PurePosixPath(path.relative_to(processed).as_posix()): tidy(path) for path in notebooks}
+        site = NotebookSite(load(processed), documented)
+        drop_empty_sections(site)
+        count = site.build()
+        built = folder / "built"
+        built.mkdir()
+        site.out = site.out.rename(built / "docs")
+        make_offline(site.out)
+        write_readme(site, built)
+        problems += [warning for warning in site.warnings if not EXPECTED.match(warning)]
+        problems += page_problems(site)
+        if problems:
+            print("\n".join(f"problem: {problem}" for problem in problems), file=sys.stderr)
+            print("docs/ and README.md are as they were", file=sys.stderr)
+            return 1
+        write_record(folder, built)
+        publish(built)
+    print(f"{count} pages in docs/, and README.md")
+    return 0
+
+
+def check():
+    "Say whether `docs/` and `README.md` are stale; 1 if they are"
+    lines = stale()
+    verdict = "stale: run python tools/build_docs.py" if lines else "docs/ and README.md are up to date"
+    print("\n".join([*lines, verdict]))
+    return 1 if lines else 0
+
+
+def main():
+    "The command line"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether docs/ and README.md are stale")
+    return check() if parser.parse_args().check else build()
+
+
+if __name__ == "__main__": sys.exit(main())
