@@ -24,7 +24,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Train plain, CutMix and CutMix + SUMix; DATA=cifar100 DATA_DIR=... for other images
-	@$(BIN)/python tools/demo.py --data $(DATA) $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	@$(BIN)/python tools/demo.py --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
 test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks executed, docs current, pytest
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/check_sync.py
