@@ -6,7 +6,7 @@
 __all__ = ['loss_setting', 'per_sample_loss', 'label_weight', 'mixed_loss', 'mixed_cross_entropy', 'su_logits', 'SUMixTerms',
            'sumix_loss', 'released_su_logits', 'SUMixLoss']
 
-# %% ../nbs/sumix/30_loss.ipynb #f49eeaad
+# %% ../nbs/sumix/30_loss.ipynb #44015706
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .mixers.core import Mixed
 from .ratio import (check_encodings, check_labels, check_lam, check_variant, full_precision, mix_ratio,
                             released_distance, semantic_distance)
-from .uncertainty import UncertaintyHead, su_scale, su_vector, uncertainty, uncertainty_vector
+from .uncertainty import su_scale, su_vector, uncertainty, uncertainty_vector
 
 # %% ../nbs/sumix/30_loss.ipynb #fdde454b
 def loss_setting(

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'METHODS', 'Recipe', 'Autocast', 'EpochLog', 'ratio_curve', 'make_learner', 'train', 'make_record',
-           'git_commit', 'write_record', 'load_records', 'label_of', 'comparison_table', 'plot_curves', 'sumix_train']
+           'git_commit', 'write_record', 'load_records', 'label_of', 'comparison_table', 'summary_table', 'plot_curves',
+           'sumix_train']
 
-# %% ../nbs/experiments/10_training.ipynb #2bef3954
+# %% ../nbs/experiments/10_training.ipynb #88a1e54d
 import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +34,6 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import no_random
 from fastcore.script import bool_arg, call_parse
-from torch import nn
 
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
@@ -184,7 +185,7 @@ def make_learner(
         return Learner(dls, model, metrics=accuracy, cbs=callbacks, opt_func=partial(SGD, decouple_wd=False),
                        wd=recipe.weight_decay, wd_bn_bias=True, moms=(recipe.momentum,) * 3)
 
-# %% ../nbs/experiments/10_training.ipynb #89e7dffd
+# %% ../nbs/experiments/10_training.ipynb #9acabb2c
 def train(
     recipe:Recipe, # What to train
     path:str|Path|None=None, # Class folders of the data set, see `get_dls`
@@ -193,7 +194,7 @@ def train(
     progress:bool=True, # Show progress bars?
     learn:Learner|None=None, # A Learner from `make_learner`, for those who want to keep it
 )->dict: # The record
-    "Train by a recipe and return its record; errors of `make_learner`; `FloatingPointError` for a loss that is not finite"
+    "Train by a recipe and return its record; errors of `make_learner`; `FloatingPointError` for a loss not finite"
     learn = learn or make_learner(recipe, path, device)
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
         with no_random(recipe.seed): learn.fit_one_cycle(recipe.epochs, recipe.lr)
@@ -290,6 +291,22 @@ def comparison_table(
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
                      for row in rows)
+
+# %% ../nbs/experiments/10_training.ipynb #c4648f1a
+def summary_table(
+    records:list[dict], # Records of runs that differ in method and seed
+)->str: # Markdown
+    "Accuracy of each method, mean and standard deviation over its runs, and its steps' time relative to CutMix's"
+    groups = {}
+    for record in records: groups.setdefault(label_of(record["recipe"]), []).append(record)
+    def seconds(runs): return statistics.mean(run["seconds_per_step"] for run in runs)
+    rows = ["| method | seeds | accuracy | time of a step, x CutMix |", "|---|---|---|---|"]
+    for label, runs in groups.items():
+        accuracies = [100 * run["accuracy"] for run in runs]
+        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
+        ratio = f"{seconds(runs) / seconds(groups['CutMix']):.2f}" if "CutMix" in groups else "-"
+        rows.append(f"| {label} | {len(runs)} | {statistics.mean(accuracies):.1f}{spread} % | {ratio} |")
+    return "\n".join(rows)
 
 # %% ../nbs/experiments/10_training.ipynb #93af9cd7
 def plot_curves(

@@ -1,0 +1,166 @@
+"Recipes, runs, records, the command line and the demo"
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+
+from sumix_nb import training
+from sumix_nb.training import Autocast, Recipe, load_records, make_learner, sumix_train, train, write_record
+from tests.conftest import ROOT
+
+TINY = Recipe(width=4, epochs=1, bs=50, limit=200, lr=0.02)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("mixer", "cutmx"), ("method", "mixup"), ("variant", "paper"), ("clean", "twice"), ("precision", "fp8"),
+    ("epochs", 0), ("bs", 0), ("width", 0), ("lr", 0.0), ("lr", float("nan")), ("alpha", -1.0)])
+def test_recipe_refuses_and_names_a_wrong_field(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must"): Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value", "pattern"), [
+    ("data", "cifar1000", "cifar100"), ("model", "resnet", "resnet18"), ("stem", "big", "`stem`"), ("p", 2.0, "`p`"),
+    ("xi", -1.0, "`xi`")])
+def test_wrong_values_that_others_know_are_refused_before_training(field, value, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        make_learner(replace(TINY, **{"mixer": "cutmix", "method": "sumix", field: value}))
+
+
+def test_the_name_of_a_recipe_depends_on_every_field():
+    base = replace(TINY, mixer="cutmix")
+    others = {str: "x", int: 77, float: 0.77}
+    changed = {name: not value if isinstance(value, bool) else others[type(value)]
+               for name, value in asdict(base).items()}
+    changed |= {"mixer": "mixup", "method": "sumix", "variant": "released", "clean": "concat", "precision": "bf16"}
+    names = {replace(base, **{name: value}).name for name, value in changed.items()}
+    assert len(names | {base.name}) == len(changed) + 1
+
+
+class Batches(Callback):
+    "Keeps every training batch and mixture"
+    run_valid, order = False, 40
+    def before_fit(self): self.seen = []
+    def after_loss(self):
+        mix = next(cb for cb in self.learn.cbs if isinstance(cb, training.Mix))
+        self.seen.append((mix.mixed.images.clone(), mix.mixed.lam.clone(), self.learn.y.clone()))
+
+
+def test_both_methods_see_the_same_batches_and_mixtures_from_the_same_weights():
+    seen, weights = {}, {}
+    for method in ("mce", "sumix"):
+        learn = make_learner(replace(TINY, mixer="cutmix", method=method))
+        weights[method] = [p.clone() for name, p in learn.model.named_parameters() if "uncertainty" not in name]
+        learn.add_cb(Batches())
+        train(replace(TINY, mixer="cutmix", method=method), progress=False, learn=learn)
+        seen[method] = learn.batches.seen
+    assert all(torch.equal(a, b) for a, b in zip(weights["mce"], weights["sumix"], strict=True))
+    assert len(seen["mce"]) == 4
+    for first, second in zip(seen["mce"], seen["sumix"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["poster", "released", "corrected"])
+@pytest.mark.parametrize("clean", ["no_grad", "concat", "separate"])
+def test_every_variant_trains_in_bf16(variant, clean):
+    recipe = replace(TINY, mixer="cutmix", method="sumix", variant=variant, clean=clean, precision="bf16")
+    record = train(recipe, progress=False)
+    epoch = record["epochs"][-1]
+    assert all(torch.tensor(value).isfinite() for value in epoch.values())
+    assert 0 < epoch["lam"] < 1 and 0 < epoch["ratio"] < 1 and epoch["shift"] > 0
+
+
+def test_a_record_says_what_was_run_and_survives_json(tmp_path):
+    recipe = replace(TINY, mixer="mixup")
+    record = train(recipe, progress=False, folder=tmp_path)
+    assert json.loads((tmp_path / f"{recipe.name}.json").read_text()) == record == load_records(tmp_path)[0]
+    assert Recipe(**record["recipe"]) == recipe and torch.__version__.startswith(record["versions"]["torch"])
+    assert record["accuracy"] == record["epochs"][-1]["accuracy"] and record["ratio_curve"] is None
+    assert record["epochs"][-1]["shift"] == 0
+    assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
+
+
+def test_a_failed_write_keeps_the_old_record_and_leaves_no_scraps(tmp_path, monkeypatch):
+    write_record({"name": "run", "value": 1}, tmp_path)
+    def full(*paths): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(training.os, "replace", full)
+    with pytest.raises(OSError, match="No space"): write_record({"name": "run", "value": 2}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    assert json.loads((tmp_path / "run.json").read_text())["value"] == 1
+
+
+def test_reading_records_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"): load_records(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="mixr"): load_records(tmp_path, mixr="cutmix")
+    (tmp_path / "half.json").write_text('{"name": ')
+    with pytest.raises(ValueError, match="half.json"): load_records(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_record(tmp_path):
+    with pytest.raises(FloatingPointError, match="`lr`"): train(replace(TINY, lr=1e30), progress=False, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_autocast_covers_forward_passes_only_and_ends_with_the_fit():
+    learn = make_learner(replace(TINY, mixer="cutmix", method="sumix", precision="bf16"))
+    dtypes = []
+    learn.model.layer1.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
+    train(TINY, progress=False, learn=learn)
+    assert set(dtypes) == {torch.bfloat16} and learn.recorder.losses[0].dtype == torch.float32
+    learn.model(learn.dls.one_batch()[0])
+    assert dtypes[-1] == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_is_off_after_an_interrupt_and_the_next_fit_hooks_once():
+    class Stop(Callback):
+        def after_pred(self): raise KeyboardInterrupt
+    learn = make_learner(replace(TINY, precision="bf16"))
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(): learn.fit(1, cbs=Stop())
+    assert not torch.is_autocast_enabled("cpu")
+    learn.remove_cbs(Stop)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not learn.model._forward_pre_hooks and not learn.model._forward_hooks
+
+
+def test_autocast_hands_on_errors_of_the_network():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+        def forward(self, x): raise RuntimeError("broken on purpose")
+    learn = make_learner(replace(TINY, precision="bf16"))
+    learn.model = Broken()
+    with pytest.raises(RuntimeError, match="broken on purpose"), learn.no_bar(): learn.fit(1)
+    assert not torch.is_autocast_enabled("cpu") and isinstance(learn.autocast, Autocast)
+
+
+def test_the_command_line_trains_and_names_its_record(tmp_path):
+    command = [str(Path(sys.executable).with_name("sumix_train")), "--mixer", "cutmix", "--method", "sumix",
+               "--epochs", "1", "--width", "4", "--limit", "200", "--update-bn", "False", "--valid", "0.2",
+               "--out", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    record, = load_records(tmp_path)
+    assert record["name"] in output and "CutMix + SUMix" in output
+    assert record["recipe"]["update_bn"] is False and record["recipe"]["valid"] == 0.2
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"mixer": "cutmx"}, "`mixer` must be one of"),
+    ({"method": "sumix"}, "`mixer` must not"),
+    ({"data": "digit"}, "did you mean 'digits'"),
+    ({"data": "cifar100", "data_dir": "missing"}, "no folder missing"), ({"valid": "0.2.1"}, "could not convert")])
+def test_the_command_line_ends_with_one_clear_line(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message) as error: sumix_train(**options, out=str(tmp_path))
+    assert str(error.value).startswith("sumix_train: ") and "\n" not in str(error.value)
+
+
+def test_the_demo_writes_table_records_and_figure(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--epochs", "1", "--out", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "digits.png").stat().st_size > 10_000 and len(load_records(tmp_path)) == 3
+    assert output.rstrip().endswith("digits.png") and "x CutMix" in output and "CutMix + SUMix" in output
