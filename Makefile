@@ -31,7 +31,7 @@ test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks 
 	$(BIN)/ruff check --quiet .
 	$(BIN)/python tools/build_docs.py --check
 	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2
 
 check: export test ## Bring library and notebooks up to date, then `test`
 

@@ -44,7 +44,7 @@ def named_linears(
         for name, child in module.named_children():
             yield from named_linears(child, f"{prefix}.{name}" if prefix else name)
 
-# %% ../nbs/20_models.ipynb #2d0f258f
+# %% ../nbs/20_models.ipynb #e33e4ae8
 class FeatureTap:
     "Keeps the input of `layer` at its last call in `features`; a context manager that removes itself"
     def __init__(self,
@@ -57,6 +57,8 @@ class FeatureTap:
     def keep(self, layer, inputs):
         "The hook"
         if layer.training or not self.training_only: self.features = inputs[0]
+
+    def __getstate__(self): return self.__dict__ | {"features": None} # a copy of the network needs no features
 
     def remove(self):
         "Take the hook away and forget the features"

@@ -7,9 +7,10 @@ __all__ = ['MIXERS', 'METHODS', 'Recipe', 'Autocast', 'EpochLog', 'ratio_curve',
            'git_commit', 'write_record', 'load_records', 'label_of', 'comparison_table', 'summary_table', 'plot_curves',
            'sumix_train']
 
-# %% ../nbs/experiments/10_training.ipynb #88a1e54d
+# %% ../nbs/experiments/10_training.ipynb #a7ce7620
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -38,7 +39,7 @@ from fastcore.script import bool_arg, call_parse
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
 from .data import get_dls
-from .mixers.core import CutMix, MixUp
+from .mixers.core import CutMix, MixUp, check_number
 from .models import get_model
 from .ratio import VARIANTS
 
@@ -46,7 +47,7 @@ from .ratio import VARIANTS
 MIXERS = {"none": None, "mixup": MixUp, "cutmix": CutMix}
 METHODS = ("mce", "sumix")
 
-# %% ../nbs/experiments/10_training.ipynb #40964884
+# %% ../nbs/experiments/10_training.ipynb #48458eaf
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the numbers of one run; `ValueError` for a value that cannot be run"
@@ -82,8 +83,8 @@ class Recipe:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("epochs", "bs", "width"):
             if getattr(self, name) < 1: raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "alpha"):
-            if not getattr(self, name) > 0: raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")
+        if not self.lr > 0: raise ValueError(f"`lr` must be above 0, got {self.lr}")
+        check_number("alpha", self.alpha, 0.01, math.inf)
         if self.method == "sumix" and self.mixer == "none":
             raise ValueError('`mixer` must not be "none" for method="sumix", which compares mixtures to sources')
 
@@ -185,7 +186,7 @@ def make_learner(
         return Learner(dls, model, metrics=accuracy, cbs=callbacks, opt_func=partial(SGD, decouple_wd=False),
                        wd=recipe.weight_decay, wd_bn_bias=True, moms=(recipe.momentum,) * 3)
 
-# %% ../nbs/experiments/10_training.ipynb #9acabb2c
+# %% ../nbs/experiments/10_training.ipynb #5fbdf691
 def train(
     recipe:Recipe, # What to train
     path:str|Path|None=None, # Class folders of the data set, see `get_dls`
@@ -195,16 +196,16 @@ def train(
     learn:Learner|None=None, # A Learner from `make_learner`, for those who want to keep it
 )->dict: # The record
     "Train by a recipe and return its record; errors of `make_learner`; `FloatingPointError` for a loss not finite"
-    learn = learn or make_learner(recipe, path, device)
+    learn, commit = learn or make_learner(recipe, path, device), git_commit()
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
         with no_random(recipe.seed): learn.fit_one_cycle(recipe.epochs, recipe.lr)
-    record = make_record(recipe, learn)
+    record = make_record(recipe, learn) | {"commit": commit}
     if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
         raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")
     if folder is not None: write_record(record, folder)
     return record
 
-# %% ../nbs/experiments/10_training.ipynb #ad5a7c0a
+# %% ../nbs/experiments/10_training.ipynb #09400932
 def make_record(
     recipe:Recipe, # The recipe
     learn:Learner, # The Learner that was trained by it
@@ -218,8 +219,7 @@ def make_record(
             "seconds_per_step": min(epoch["seconds_per_step"] for epoch in epochs),
             "epochs": epochs, "ratio_curve": learn.epoch_log.ratio_curve,
             "device": name,
-            "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-            "commit": git_commit()}
+            "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}}}
 
 # %% ../nbs/experiments/10_training.ipynb #ca38c44f
 def git_commit()->str|None: # Hash, with "+" if the tree has changes; None where the package is not in its repository

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .ratio import full_precision
 
-# %% ../nbs/sumix/20_uncertainty.ipynb #0e78038f
+# %% ../nbs/sumix/20_uncertainty.ipynb #61588b97
 class UncertaintyHead(nn.Module):
     "MLP from features to one value per class, before any softmax (SUMix poster); `ValueError` for sizes below 1"
     def __init__(self,
@@ -21,6 +21,7 @@ class UncertaintyHead(nn.Module):
         hidden:tuple=(), # Sizes of the hidden layers; none: the single Linear of the released code
     ):
         super().__init__()
+        if not isinstance(hidden, (tuple, list)): raise TypeError(f"`hidden` must be a tuple of sizes, got {hidden!r}")
         sizes = (in_features, *hidden, num_classes)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise ValueError(f"`in_features`, `hidden` and `num_classes` must be integers of at least 1, got {sizes}")

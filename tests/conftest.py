@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tests run in two processes on two cores
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("SUMIX_GOLDEN", ROOT.parent / "shared" / "golden"))
 

@@ -1,0 +1,270 @@
+"Bad input from a caller: what is raised, and that the message names the argument and the rule"
+import re
+from functools import partial
+
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from torch import nn
+from torch.nn import functional as F
+
+from sumix_nb.callback import Mix, SUMix
+from sumix_nb.data import ImageSet, crop_flip, get_dls
+from sumix_nb.loss import SUMixLoss, mixed_cross_entropy, mixed_loss, per_sample_loss, sumix_loss
+from sumix_nb.mixers.core import CutMix, Mixed, MixUp, check_generator, mixing_box, sample_lam
+from sumix_nb.models import find_classifier, get_model, logits_and_features
+from sumix_nb.ratio import (check_encodings, check_labels, check_lam, check_variant, mix_ratio, ratio_from_distances,
+                            released_distance, semantic_distance)
+from sumix_nb.uncertainty import UncertaintyHead
+
+IMAGES, TARGET, LOGITS = torch.zeros(4, 3, 6, 6), torch.arange(4), torch.zeros(4, 5)
+ONES, PARTNER = torch.ones(4), torch.tensor([1, 0, 3, 2])
+RECORD = Mixed(IMAGES, TARGET, TARGET[PARTNER], ONES / 2, PARTNER)
+NET = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+
+
+def loss(*args, **kwargs):
+    "`sumix_loss` on zeros, with `args` in place of the first arguments"
+    return sumix_loss(*args, *[LOGITS, LOGITS, LOGITS, LOGITS, RECORD][len(args):], **kwargs)
+
+
+def one_number(logits, target, reduction="mean"): return F.cross_entropy(logits, target)
+
+
+def record(**changes):
+    return Mixed(**({"images": IMAGES, "target_a": TARGET, "target_b": TARGET, "lam": ONES,
+                     "partner": PARTNER} | changes))
+
+
+def train(cb, model=None, loss_func=None, pairs=None, n_inp=None):
+    "One epoch of a Learner with `cb`"
+    pairs = list(zip(IMAGES, TARGET, strict=True)) if pairs is None else pairs
+    loader = DataLoader(pairs, bs=2, num_workers=0)
+    if n_inp: loader.n_inp = n_inp
+    learn = Learner(DataLoaders(loader, loader, device=torch.device("cpu")), NET if model is None else model,
+                    loss_func=loss_func or nn.CrossEntropyLoss(), cbs=cb)
+    if hasattr(learn, "progress"): learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit(1, lr=0.0)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self): super().__init__(); self.fc = nn.Linear(108, 5)
+    def forward(self, one, two): return self.fc((one + two).flatten(1))
+
+
+class Conv(nn.Sequential):
+    def __init__(self): super().__init__(nn.Conv2d(3, 5, 6), nn.Flatten())
+
+
+NAN, INF = float("nan"), float("inf")
+CASES = [
+    # data
+    ("data: unknown set", lambda: get_dls("digit"), ValueError, r"unknown `name` 'digit': did you mean 'digits'"),
+    ("data: name is no string", lambda: get_dls(7), TypeError, r"`name` must be a string, got int"),
+    ("data: bs 0", lambda: get_dls("digits", bs=0), ValueError, r"`bs` must be at least 1, got 0"),
+    ("data: bs a float", lambda: get_dls("digits", bs=1.5), TypeError, r"`bs` must be a whole number, got 1\.5"),
+    ("data: valid 1", lambda: get_dls("digits", valid=1.0), ValueError,
+     r"`valid` must be .* between 0 and 1, got 1\.0"),
+    ("data: path of embedded digits", lambda: get_dls("digits", path="/x"), ValueError, r"`path` has no meaning"),
+    ("data: float images", lambda: ImageSet(IMAGES, TARGET, list("abcd")), ValueError,
+     r"`images` must be uint8 of shape \(N, 3, H, W\)"),
+    ("data: pad too large", lambda: crop_flip(IMAGES, torch.zeros(4, 2), torch.zeros(4), 6), ValueError,
+     r"`pad` must be .* below height and width"),
+    # mixers
+    *[(f"mixers: alpha {alpha}", partial(CutMix, alpha), ValueError,
+       rf"`alpha` must be .*, got {alpha}") for alpha in (0, -1.0, NAN, INF)],
+    *[(f"mixers: sample_lam alpha {alpha}", partial(sample_lam, alpha), ValueError,
+       r"`alpha` must be .*, got") for alpha in (0, NAN)],
+    *[(f"mixers: p {p}", partial(MixUp, p=p), ValueError, rf"`p` must be .*\[0, 1\], got {p}")
+      for p in (-0.1, 1.1, NAN)],
+    ("mixers: alpha a string", lambda: CutMix("1"), (TypeError, ValueError), r"`alpha` must be"),
+    ("mixers: p a string", lambda: CutMix(p="often"), (TypeError, ValueError), r"`p` must be"),
+    ("mixers: images no tensor", lambda: CutMix()([1, 2], TARGET), TypeError, r"`images` must be a tensor, got list"),
+    ("mixers: target no tensor", lambda: CutMix()(IMAGES, [1, 2]), TypeError, r"`target` must be a tensor, got list"),
+    ("mixers: one image without batch", lambda: MixUp()(IMAGES[0], TARGET), ValueError,
+     r"`images` must have the shape \(N, C, H, W\).*\(3, 6, 6\)"),
+    ("mixers: no images", lambda: MixUp()(IMAGES[:0], TARGET[:0]), ValueError,
+     r"`images` must .*not be empty, got \(0, 3, 6, 6\)"),
+    ("mixers: uint8 images", lambda: MixUp()(IMAGES.byte(), TARGET), ValueError,
+     r"`images` must be floating point \(convert and normalise.*torch\.uint8"),
+    ("mixers: short target", lambda: MixUp()(IMAGES, TARGET[:3]), ValueError,
+     r"`target` must have one row for each of the 4 images, got \(3,\)"),
+    ("mixers: 0-d target", lambda: MixUp()(IMAGES, TARGET[0]), ValueError, r"`target` must have one row .*got \(\)"),
+    ("mixers: target elsewhere", lambda: MixUp()(IMAGES, TARGET.to("meta")), ValueError,
+     r"`target` must be on the device of `images` \(cpu\), got meta"),
+    ("mixers: a seed as generator", lambda: MixUp()(IMAGES, TARGET, generator=3), TypeError,
+     r"`generator` must be a torch\.Generator or None, got int"),
+    ("mixers: check_generator", lambda: check_generator("x"), TypeError,
+     r"`generator` must be a torch\.Generator or None, got str"),
+    *[(f"mixers: box of lam {lam}", partial(mixing_box, lam, 4, 4, (1, 1)), ValueError, r"`lam` must be in \[0, 1\]")
+      for lam in (-0.1, 1.5, NAN)],
+    ("mixers: box of an image without rows", lambda: mixing_box(0.5, 0, 4, (1, 1)), ValueError,
+     r"`height` and `width` must be at least 1, got 0 and 4"),
+    ("mixers: box without column", lambda: mixing_box(0.5, 4, 4, (1,)), ValueError, r"`center` must"),
+    ("mixers: record, short lam", lambda: record(lam=ONES[:3]), ValueError,
+     r"`lam` must have one row for each of the 4 images, got \(3,\)"),
+    ("mixers: record, lam of two dimensions", lambda: record(lam=torch.ones(4, 1)), ValueError,
+     r"`lam` must have the shape \(4,\), got \(4, 1\)"),
+    ("mixers: record, short target_b", lambda: record(target_b=TARGET[:2]), ValueError,
+     r"`target_b` must have one row"),
+    ("mixers: record, partner a number", lambda: record(partner=torch.tensor(1)), ValueError,
+     r"`partner` must have one row"),
+    ("mixers: record, mask without channel", lambda: record(mask=torch.ones(4, 6, 6)), ValueError,
+     r"`mask` must have one of the shapes .*\(4, 6, 6\)"),
+    ("mixers: record, mask of two", lambda: record(mask=torch.ones(2, 1, 6, 6)), ValueError,
+     r"`mask` must have one of the shapes"),
+    # ratio
+    ("ratio: variant", lambda: check_variant("papers"), ValueError,
+     r"`variant` must be one of \('poster', 'released', 'corrected'\), got 'papers'"),
+    ("ratio: mix_ratio variant", lambda: mix_ratio(LOGITS, LOGITS, LOGITS, 0.5, variant=None), ValueError,
+     r"`variant` must be one of .*got None"),
+    ("ratio: released has no scalar distance", lambda: semantic_distance(LOGITS, LOGITS, variant="released"),
+     ValueError, r'`variant` must be "poster" or "corrected"'),
+    ("ratio: other shape", lambda: mix_ratio(LOGITS, LOGITS, LOGITS[:2], 0.5), ValueError,
+     r"must have one shape \(N, D\), got \[\(4, 5\), \(4, 5\), \(2, 5\)\]"),
+    ("ratio: one row that would broadcast", lambda: semantic_distance(LOGITS, LOGITS[:1]), ValueError,
+     r"must have one shape \(N, D\)"),
+    ("ratio: maps", lambda: check_encodings(IMAGES), ValueError,
+     r"must have one shape \(N, D\), got \[\(4, 3, 6, 6\)\]"),
+    *[(f"ratio: lam {lam}", partial(ratio_from_distances, lam, ONES, ONES), ValueError,
+       r"`lam` must be in \[0, 1\], got values from") for lam in (-0.5, 2, NAN)],
+    ("ratio: lam of another length", lambda: mix_ratio(LOGITS, LOGITS, LOGITS, ONES[:3]), ValueError,
+     r"`lam` must be a number or have the shape \(4,\), got \(3,\)"),
+    ("ratio: lam as a column", lambda: check_lam(ONES[:, None], ONES), ValueError,
+     r"`lam` must be a number or have the shape \(4,\), got \(4, 1\)"),
+    ("ratio: released without labels",
+     lambda: mix_ratio(LOGITS, LOGITS, LOGITS, 0.5, variant="released", target_a=TARGET),
+     ValueError, r"`target_a` and `target_b` must be given for variant=\"released\""),
+    ("ratio: soft labels", lambda: check_labels(LOGITS, LOGITS), ValueError,
+     r"SUMix needs class indices of the shape \(4,\) as labels, got \(4, 5\) torch\.float32"),
+    ("ratio: released with soft labels", lambda: released_distance(LOGITS, LOGITS, LOGITS), ValueError,
+     r"class indices of the shape \(4,\)"),
+    ("ratio: labels as a list", lambda: check_labels([1, 2], LOGITS), ValueError, r"class indices .*got list"),
+    # uncertainty
+    ("uncertainty: no features", lambda: UncertaintyHead(0, 3), ValueError,
+     r"`in_features`, `hidden` and `num_classes` must be integers of at least 1, got \(0, 3\)"),
+    ("uncertainty: hidden layer of 0", lambda: UncertaintyHead(2, 3, (0,)), ValueError,
+     r"`hidden`.*at least 1, got \(2, 0, 3\)"),
+    ("uncertainty: a float", lambda: UncertaintyHead(2.0, 3), ValueError, r"`in_features`.*must be integers"),
+    ("uncertainty: hidden a number", lambda: UncertaintyHead(2, 3, 16), (TypeError, ValueError), r"`hidden`"),
+    ("uncertainty: other features", lambda: UncertaintyHead(2, 3)(torch.zeros(4, 5)), ValueError,
+     r"`features` must have the shape \(N, 2\), got \(4, 5\)"),
+    ("uncertainty: feature maps", lambda: UncertaintyHead(6, 3)(IMAGES), ValueError,
+     r"`features` must have the shape \(N, 6\), got \(4, 3, 6, 6\)"),
+    # models
+    ("models: unknown name", lambda: get_model("resnet", 10), ValueError,
+     r"`name` must be one of \['resnet18'.*got 'resnet'"),
+    ("models: unknown stem", lambda: get_model("resnet18", 10, stem="tiny"), ValueError,
+     r'`stem` must be "small" or "standard", got \'tiny\''),
+    *[(f"models: {c!r} classes", partial(get_model, "resnet18", c), ValueError,
+       r"`c` must be an integer of at least 1") for c in (0, -1, 2.0, "10")],
+    ("models: no width", lambda: get_model("resnet18", 10, width=0), ValueError,
+     r"`width` must be an integer of at least 1, got 0"),
+    ("models: no linear layer", lambda: find_classifier(Conv()), ValueError,
+     r"`model` must have a linear layer as its classifier, but Conv has none"),
+    ("models: unknown layer", lambda: find_classifier(NET, "fc"), ValueError,
+     r"`layer` must be one of the linear layers \['1'\], got 'fc'"),
+    ("models: layer of another network", lambda: find_classifier(NET, nn.Linear(1, 1)), ValueError,
+     r"`layer` must be one of the linear layers"),
+    ("models: layer of another kind", lambda: find_classifier(NET, NET[0]), ValueError,
+     r"`layer` must be one of the linear layers .*Flatten"),
+    ("models: layer that is not last", lambda: logits_and_features(nn.Sequential(*NET, nn.Linear(5, 7)), IMAGES, "1"),
+     ValueError, r"outputs of `model` must come from"),
+    # loss
+    ("loss: negative xi", lambda: loss(xi=-1), ValueError, r"`xi` must .*, got -1"),
+    ("loss: xi not a number", lambda: loss(xi=NAN), ValueError, r"`xi` must"),
+    ("loss: infinite xi", lambda: loss(xi=INF), ValueError, r"`xi` must"),
+    ("loss: xi a string", lambda: loss(xi="much"), (TypeError, ValueError), r"`xi` must"),
+    ("loss: variant", lambda: loss(variant="paper"), ValueError, r"`variant` must be one of"),
+    ("loss: half a head", lambda: loss(LOGITS, LOGITS, None, LOGITS), ValueError,
+     r"`head` and `head_mixed` must both be given, or both be None"),
+    ("loss: head of other classes", lambda: loss(LOGITS, LOGITS, LOGITS[:, :3], LOGITS[:, :2]), ValueError,
+     r"must have one shape \(N, D\)"),
+    ("loss: head of one output that would broadcast",
+     lambda: loss(LOGITS, LOGITS, *[LOGITS[:, :1]] * 2, variant="released"),
+     ValueError, r"must have (one|the) shape"),
+    ("loss: clean logits of another batch", lambda: loss(LOGITS, LOGITS[:2]), ValueError,
+     r"must have one shape \(N, D\), got \[\(4, 5\), \(2, 5\)\]"),
+    ("loss: released with encodings", lambda: loss(variant="released", encodings=(LOGITS, LOGITS)), ValueError,
+     r"`encodings` must be None for variant=\"released\""),
+    ("loss: encodings of different sizes", lambda: loss(encodings=(LOGITS, LOGITS[:, :2])), ValueError,
+     r"must have one shape \(N, D\)"),
+    ("loss: encodings of another batch", lambda: loss(encodings=(LOGITS[:2], LOGITS[:2])), ValueError,
+     r"must have|`encodings`"),
+    ("loss: soft labels", lambda: sumix_loss(LOGITS, LOGITS, None, None, record(target_a=LOGITS, target_b=LOGITS)),
+     ValueError, r"SUMix needs class indices"),
+    ("loss: record of another batch", lambda: sumix_loss(LOGITS[:2], LOGITS[:2], None, None, RECORD), ValueError,
+     r"class indices of the shape \(2,\)"),
+    ("loss: lam outside", lambda: sumix_loss(LOGITS, LOGITS, None, None, record(lam=ONES * 2)), ValueError,
+     r"`lam` must be in \[0, 1\], got values from 2\.0 to 2\.0"),
+    ("loss: module, negative xi", lambda: SUMixLoss(UncertaintyHead(2, 3), xi=-0.1), ValueError,
+     r"`xi` must .*, got -0\.1"),
+    ("loss: module, variant", lambda: SUMixLoss(UncertaintyHead(2, 3), variant=""), ValueError,
+     r"`variant` must be one of"),
+    ("loss: without reduction", lambda: mixed_loss(lambda x, y: x.sum(), LOGITS, LOGITS, TARGET, TARGET, 0.5),
+     ValueError, r"`loss_func` must have a `reduction` attribute or argument"),
+    ("loss: not reduced", lambda: mixed_loss(nn.CrossEntropyLoss(reduction="none"), LOGITS, LOGITS, TARGET, TARGET,
+                                             0.5), ValueError, r"`loss_func` must reduce by mean or sum, got 'none'"),
+    ("loss: one number in all", lambda: per_sample_loss(one_number, LOGITS, TARGET), ValueError,
+     r"`loss_func` must give one loss per sample, got 1 for 4"),
+    ("loss: MCE of soft labels", lambda: mixed_cross_entropy(LOGITS, LOGITS, LOGITS, 0.5), ValueError,
+     r"class indices of the shape \(4,\)"),
+    ("loss: MCE, lam outside", lambda: mixed_cross_entropy(LOGITS, TARGET, TARGET, 1.5), ValueError,
+     r"`lam` must be in \[0, 1\]"),
+    # callback
+    ("callback: mixer not callable", lambda: Mix(0.5), TypeError,
+     r"`mixer` must be callable, e\.g\. CutMix\(\), got 0\.5"),
+    ("callback: mixer a class", lambda: SUMix(CutMix), TypeError,
+     r"`mixer` must be an instance, e\.g\. CutMix\(\), got the class"),
+    ("callback: negative xi", lambda: SUMix(CutMix(), xi=-1), ValueError, r"`xi` must .*, got -1"),
+    ("callback: xi not a number", lambda: SUMix(CutMix(), xi=NAN), ValueError, r"`xi` must"),
+    ("callback: xi a string", lambda: SUMix(CutMix(), xi="a"), (TypeError, ValueError), r"`xi` must"),
+    ("callback: variant", lambda: SUMix(CutMix(), variant="x"), ValueError, r"`variant` must be one of .*got 'x'"),
+    ("callback: clean", lambda: SUMix(CutMix(), clean="nograd"), ValueError,
+     r"`clean` must be one of \('no_grad', 'concat', 'separate'\), got 'nograd'"),
+    ("callback: z", lambda: SUMix(CutMix(), z="pixels"), ValueError,
+     r'`z` must be "logits" or "features", got \'pixels\''),
+    ("callback: z of released", lambda: SUMix(CutMix(), z="features", variant="released"), ValueError,
+     r'`z` must be "logits" for variant="released"'),
+    ("callback: update_bn of concat", lambda: SUMix(CutMix(), clean="concat", update_bn=False), ValueError,
+     r'`update_bn` must be True for clean="concat"'),
+    ("callback: hidden a number", lambda: SUMix(CutMix(), hidden=16), (TypeError, ValueError), r"`hidden` must"),
+    ("callback: hidden of 0", lambda: train(SUMix(CutMix(), hidden=(0,))), ValueError, r"`hidden`.*at least 1"),
+    *[(f"callback: keep {keep!r}", partial(Mix, CutMix(), keep=keep), (TypeError, ValueError), r"`keep` must")
+      for keep in (0, -1, 2.5, "all")],
+    *[(f"callback: seed {seed!r}", partial(Mix, CutMix(), seed=seed), (TypeError, ValueError), r"`seed` must")
+      for seed in (1.5, "a")],
+    ("callback: unknown layer", lambda: train(SUMix(CutMix(), layer="fc")), ValueError,
+     r"`layer` must be one of the linear layers"),
+    ("callback: no linear layer", lambda: train(SUMix(CutMix()), Conv()), ValueError,
+     r"`model` must have a linear layer"),
+    ("callback: mixer returns something else", lambda: train(Mix(lambda images, target, model, generator: images)),
+     TypeError, r"`mixer` must return a Mixed, got Tensor"),
+    ("callback: two inputs", lambda: train(Mix(CutMix()), TwoInputs(), pairs=[(IMAGES[0], IMAGES[0], TARGET[0])] * 4,
+                                           n_inp=2), ValueError,
+     r"batches must be one tensor of images and one of labels, got 2 inputs and 1 targets"),
+    ("callback: two targets", lambda: train(Mix(CutMix()), loss_func=lambda x, a, b: F.cross_entropy(x, a),
+                                            pairs=[(IMAGES[0], TARGET[0], TARGET[0])] * 4, n_inp=1), ValueError,
+     r"got 1 inputs and 2 targets"),
+    ("callback: soft labels in SUMix", lambda: train(SUMix(CutMix()), pairs=[(IMAGES[0], LOGITS[0].softmax(0))] * 4),
+     ValueError, r"SUMix needs class indices"),
+    ("callback: uint8 images", lambda: train(Mix(CutMix()), pairs=[(IMAGES[0].byte(), TARGET[0])] * 4), ValueError,
+     r"`images` must be floating point"),
+    ("callback: nothing to plot", lambda: Mix(CutMix()).plot_ratio(), ValueError, r"nothing to plot yet: `fit` first"),
+    ("callback: nothing to show", lambda: SUMix(CutMix()).show_mixed(), ValueError,
+     r"nothing to show yet: `fit` first"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [pytest.param(*case[1:], id=case[0]) for case in CASES])
+def test_bad_input_is_refused_with_the_argument_and_the_rule(call, error, message):
+    with pytest.raises(error) as raised: call()
+    assert re.search(message, str(raised.value), re.DOTALL), f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_the_table_covers_every_module():
+    assert {case[0].split(":")[0] for case in CASES} == {"data", "mixers", "ratio", "uncertainty", "models", "loss",
+                                                         "callback"}
+    assert len(CASES) >= 30 and len({case[0] for case in CASES}) == len(CASES)
