@@ -292,20 +292,18 @@ def comparison_table(
     return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
                      for row in rows)
 
-# %% ../nbs/experiments/10_training.ipynb #c4648f1a
+# %% ../nbs/experiments/10_training.ipynb #a84fa476
 def summary_table(
     records:list[dict], # Records of runs that differ in method and seed
 )->str: # Markdown
-    "Accuracy of each method, mean and standard deviation over its runs, and its steps' time relative to CutMix's"
+    "Accuracy of each method, mean and standard deviation over its runs"
     groups = {}
     for record in records: groups.setdefault(label_of(record["recipe"]), []).append(record)
-    def seconds(runs): return statistics.mean(run["seconds_per_step"] for run in runs)
-    rows = ["| method | seeds | accuracy | time of a step, x CutMix |", "|---|---|---|---|"]
+    rows = ["| method | seeds | accuracy |", "|---|---|---|"]
     for label, runs in groups.items():
         accuracies = [100 * run["accuracy"] for run in runs]
         spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
-        ratio = f"{seconds(runs) / seconds(groups['CutMix']):.2f}" if "CutMix" in groups else "-"
-        rows.append(f"| {label} | {len(runs)} | {statistics.mean(accuracies):.1f}{spread} % | {ratio} |")
+        rows.append(f"| {label} | {len(runs)} | {statistics.mean(accuracies):.1f}{spread} % |")
     return "\n".join(rows)
 
 # %% ../nbs/experiments/10_training.ipynb #93af9cd7
