@@ -24,16 +24,16 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Train plain, CutMix and CutMix + SUMix; DATA=cifar100 DATA_DIR=... for other images
-	@$(BIN)/python tools/demo.py --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	@$(BIN)/python tools/demo.py --data $(DATA) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks executed, docs current, pytest
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/check_sync.py
 	$(BIN)/ruff check --quiet .
-	$(BIN)/python tools/build_docs.py --check
 	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python tools/build_docs.py --check
 	$(BIN)/pytest -q -n 2
 
-check: export test ## Bring library and notebooks up to date, then `test`
+check: docs test ## Bring library, notebooks and docs up to date, then `test`
 
 export: $(READY) ## Write sumix_nb/ from the notebooks and clean them
 	$(BIN)/nbdev-export

@@ -26,13 +26,16 @@ def check_lam(
         raise ValueError(f"`lam` must be in [0, 1], got values from {lam.min().item()} to {lam.max().item()}")
     return lam
 
-# %% ../nbs/sumix/10_ratio.ipynb #c89a609f
+# %% ../nbs/sumix/10_ratio.ipynb #699c10d3
 def ratio_from_distances(
     lam:float|Tensor, # Prior shares of the first image, a number or (N,), in [0, 1]
     distance_a:Tensor, # (N,) distance of the mixed sample from its first source
     distance_b:Tensor, # (N,) distance from its second source
 )->Tensor: # (N,) in [0, 1]
-    "lambda~ (SUMix poster) in the form that cannot overflow; exact at `lam` 0 and 1; `ValueError` for a wrong `lam`"
+    "lambda~ (SUMix poster) in the form that cannot overflow; exact at `lam` 0 and 1; `ValueError` for wrong input"
+    if distance_a.ndim != 1 or distance_b.shape != distance_a.shape:
+        shapes = [tuple(distance.shape) for distance in (distance_a, distance_b)]
+        raise ValueError(f"`distance_a` and `distance_b` must have one shape (N,), got {shapes}")
     lam = check_lam(lam, distance_a)
     return torch.sigmoid(lam.log() - (-lam).log1p() - (distance_a - distance_b))
 

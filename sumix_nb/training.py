@@ -7,7 +7,7 @@ __all__ = ['MIXERS', 'METHODS', 'Recipe', 'Autocast', 'EpochLog', 'ratio_curve',
            'git_commit', 'write_record', 'load_records', 'label_of', 'comparison_table', 'summary_table', 'plot_curves',
            'sumix_train']
 
-# %% ../nbs/experiments/10_training.ipynb #a7ce7620
+# %% ../nbs/experiments/10_training.ipynb #e927341c
 import hashlib
 import json
 import math
@@ -38,19 +38,19 @@ from fastcore.script import bool_arg, call_parse
 
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
-from .data import get_dls
-from .mixers.core import CutMix, MixUp, check_number
-from .models import get_model
+from .data import SOURCES, get_dls
+from .mixers.core import CutMix, MixUp, check_number, check_whole
+from .models import MODELS, get_model
 from .ratio import VARIANTS
 
 # %% ../nbs/experiments/10_training.ipynb #526ca442
 MIXERS = {"none": None, "mixup": MixUp, "cutmix": CutMix}
 METHODS = ("mce", "sumix")
 
-# %% ../nbs/experiments/10_training.ipynb #48458eaf
+# %% ../nbs/experiments/10_training.ipynb #755b6be9
 @dataclass(frozen=True)
 class Recipe:
-    "Everything that decides the numbers of one run; `ValueError` for a value that cannot be run"
+    "Everything that decides the numbers of one run; `ValueError` or `TypeError` for a value that cannot be run"
     data:str="digits" # Data set, see `get_dls`
     model:str="resnet18" # Network, see `get_model`
     width:int=16 # Channels of its first stage
@@ -77,14 +77,16 @@ class Recipe:
 
     def __post_init__(self):
         choices = {"mixer": tuple(MIXERS), "method": METHODS, "variant": VARIANTS, "clean": CLEAN,
-                   "precision": ("fp32", "bf16")}
+                   "precision": ("fp32", "bf16"), "data": tuple(SOURCES), "model": tuple(MODELS),
+                   "stem": ("small", "standard")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("epochs", "bs", "width"):
-            if getattr(self, name) < 1: raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0: raise ValueError(f"`lr` must be above 0, got {self.lr}")
-        check_number("alpha", self.alpha, 0.01, math.inf)
+        for name, least in (("epochs", 1), ("bs", 1), ("width", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        ranges = {"lr": (1e-12, math.inf), "alpha": (0.01, math.inf), "p": (0, 1), "xi": (0, math.inf),
+                  "momentum": (0, 1), "weight_decay": (0, math.inf)}
+        for name, (least, most) in ranges.items(): check_number(name, getattr(self, name), least, most)
         if self.method == "sumix" and self.mixer == "none":
             raise ValueError('`mixer` must not be "none" for method="sumix", which compares mixtures to sources')
 
@@ -292,13 +294,16 @@ def comparison_table(
     return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
                      for row in rows)
 
-# %% ../nbs/experiments/10_training.ipynb #a84fa476
+# %% ../nbs/experiments/10_training.ipynb #37aa8011
 def summary_table(
     records:list[dict], # Records of runs that differ in method and seed
 )->str: # Markdown
-    "Accuracy of each method, mean and standard deviation over its runs"
+    "Accuracy of each method, mean and standard deviation over its runs; `ValueError` if they differ in more than seeds"
     groups = {}
     for record in records: groups.setdefault(label_of(record["recipe"]), []).append(record)
+    for label, runs in groups.items():
+        if len({json.dumps(run["recipe"] | {"seed": 0}, sort_keys=True) for run in runs}) > 1:
+            raise ValueError(f"the runs of {label} must differ in nothing but their seeds to be averaged")
     rows = ["| method | seeds | accuracy |", "|---|---|---|"]
     for label, runs in groups.items():
         accuracies = [100 * run["accuracy"] for run in runs]

@@ -1,6 +1,7 @@
 "The package as users get it: metadata, wheel, imports, names"
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -82,3 +83,11 @@ def test_every_public_name_exists_and_is_documented(name):
 
 def test_version_of_package_is_not_written_by_hand_elsewhere():
     assert (ROOT / "sumix_nb" / "__init__.py").read_text() == f'__version__ = "{settings()["version"]}"\n'
+
+
+def test_the_code_of_the_readme_runs_as_it_stands(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    lines = ["import matplotlib; matplotlib.use('agg')", *blocks]
+    code = "\n".join(lines).replace("fit_one_cycle(4", "fit_one_cycle(1")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
