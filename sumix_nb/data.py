@@ -34,7 +34,7 @@ from fasttransform import DisplayedTransform
 from PIL import Image
 from sklearn.datasets import load_digits
 
-# %% ../nbs/10_data.ipynb #09827e57
+# %% ../nbs/10_data.ipynb #15d8bba5
 def reflect_index(
     index:torch.Tensor, # Whole numbers, at most `size - 1` outside of 0 .. size-1
     size:int, # Number of rows or columns
@@ -42,6 +42,7 @@ def reflect_index(
     "Index inside the image that a mirror at the border shows at `index`; the border itself is not repeated"
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
+# %% ../nbs/10_data.ipynb #b44030c2
 def crop_flip(
     images:torch.Tensor, # (N, C, H, W), any dtype
     offset:torch.Tensor, # (N, 2) first row and column of each window in the padded image, 0 .. 2*pad
@@ -62,7 +63,7 @@ def crop_flip(
     source = (rows[:, :, None] * width + cols[:, None, :]).view(n, 1, height * width)
     return images.flatten(2).gather(2, source.expand(-1, channels, -1)).view_as(images)
 
-# %% ../nbs/10_data.ipynb #17dcc528
+# %% ../nbs/10_data.ipynb #355ba3b1
 def sample_crop_flip(
     n:int, # Number of images N
     pad:int, # Largest move in pixels, in each direction
@@ -73,6 +74,7 @@ def sample_crop_flip(
     offset = torch.randint(2 * pad + 1, (n, 2), generator=generator)
     return offset, torch.rand(n, generator=generator) < (0.5 if flip else 0)
 
+# %% ../nbs/10_data.ipynb #c39ed34b
 class RandomCropFlip(DisplayedTransform):
     "Reflect crop and mirror of a batch, with draws from `generator`; like any fastai transform of split 0, train only"
     split_idx = 0
@@ -110,9 +112,10 @@ SOURCES = {source.name: source for source in (
                url=URLs.CIFAR_100, n_bytes=169168619, md5="e5e65dcb54b9d3913f7b8a9ad6607e62"),
 )}
 
-# %% ../nbs/10_data.ipynb #5e1139a6
+# %% ../nbs/10_data.ipynb #1a6e7066
 IMAGE_TYPES = (".png", ".jpg", ".jpeg")
 
+# %% ../nbs/10_data.ipynb #bbeb9739
 def list_images(
     split:Path, # Folder of class folders, or of super-class folders that hold class folders
 )->dict[str, list[Path]]: # Class name to its image files, both sorted
@@ -132,7 +135,7 @@ def list_images(
     if not classes: raise ValueError(f"no class folder in {split}: {layout}")
     return dict(sorted(classes.items()))
 
-# %% ../nbs/10_data.ipynb #67e211ff
+# %% ../nbs/10_data.ipynb #f97fa64c
 def download(
     source:DataSource, # A set with `url`
     folder:str|Path|None=None, # Where to put the folder of the set; fastai's data folder by default
@@ -162,6 +165,7 @@ def download(
             if not target.is_dir(): raise  # else another process was faster
     return target
 
+# %% ../nbs/10_data.ipynb #f352df8c
 def find_root(
     source:DataSource, # A set with `url`
     path:str|Path|None=None, # The folder that holds train/ and test/, if it is not the usual one
@@ -176,7 +180,7 @@ def find_root(
             f"SUMIX_DATA to the folder that holds {source.name}/, or unset SUMIX_DATA to download the set")
     return root
 
-# %% ../nbs/10_data.ipynb #fd042e5c
+# %% ../nbs/10_data.ipynb #08710dae
 def read_image(
     item:str|Path|Image.Image, # Image file, or a Pillow image
     size:int, # Height and width wanted, pixels
@@ -200,6 +204,7 @@ def read_image(
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return image
 
+# %% ../nbs/10_data.ipynb #d228d53f
 def decode_images(
     items:list, # N image files or Pillow images
     size:int, # Height and width wanted, pixels
@@ -226,12 +231,13 @@ def rank_in_class(
     rank[order] = torch.arange(n) - (counts.cumsum(0) - counts)[target[order]]
     return rank
 
-# %% ../nbs/10_data.ipynb #d1ddff9e
+# %% ../nbs/10_data.ipynb #c9250bf5
 def _take(items, target, index):
     "The images and classes that `index`, numbers or a mask, selects"
     index = torch.arange(len(items))[index]
     return [items[i] for i in index.tolist()], target[index]
 
+# %% ../nbs/10_data.ipynb #9208b01d
 def read_digits():
     "scikit-learn's digits as `{split: (Pillow images, class indices)}`, and the class names"
     digits = load_digits()
@@ -241,6 +247,7 @@ def read_digits():
     data = {"train": _take(images, target, ~is_test), "test": _take(images, target, is_test)}
     return data, [str(name) for name in digits.target_names]
 
+# %% ../nbs/10_data.ipynb #14701f70
 def read_folders(
     source:DataSource, # Facts that must hold
     root:Path, # The folder that holds the splits
@@ -313,7 +320,7 @@ class ImageSet:
             target = torch.tensor([self.vocab.o2i[label] for label in labels])
         return ImageSet(decode_images(items, size), target, self.vocab)
 
-# %% ../nbs/10_data.ipynb #19b8b7cf
+# %% ../nbs/10_data.ipynb #1360d9f7
 class TensorDL(TfmdDL):
     "Batches cut out of an `ImageSet`, shuffled by `seed` and `epoch`; any `num_workers` is ignored"
     def __init__(self,
@@ -356,6 +363,7 @@ class TensorDL(TfmdDL):
         super().to(device)
         self.dataset.to(device)
 
+# %% ../nbs/10_data.ipynb #03d4b691
 class TensorDataLoaders(DataLoaders):
     "`DataLoaders` whose `test_dl` takes paths, Pillow images or a tensor"
     def test_dl(self,
@@ -367,7 +375,7 @@ class TensorDataLoaders(DataLoaders):
         "A loader over new images, treated like validation images"
         return self.valid.new(self.valid.dataset.from_items(test_items, with_labels), **kwargs)
 
-# %% ../nbs/10_data.ipynb #e47857b9
+# %% ../nbs/10_data.ipynb #daedf51e
 def hold_out(
     target:torch.Tensor, # (N,) class indices
     fraction:float, # Share of each class, between 0 and 1
@@ -379,6 +387,7 @@ def hold_out(
     n_held = (counts * fraction).round().long().clamp(min=1).minimum(counts - 1)
     return rank_in_class(target, generator) < n_held[target]
 
+# %% ../nbs/10_data.ipynb #db858d5e
 def balanced_subset(
     target:torch.Tensor, # (N,) class indices
     limit:int, # Number of images wanted
@@ -389,7 +398,7 @@ def balanced_subset(
     rank = rank_in_class(target, generator)[order]
     return order[rank.argsort(stable=True)][:limit].sort().values
 
-# %% ../nbs/10_data.ipynb #8752eaaa
+# %% ../nbs/10_data.ipynb #d9ce3e61
 def _find_source(name):
     "The row of `SOURCES` for `name`, or an error that suggests names"
     if not isinstance(name, str): raise TypeError(f"`name` must be a string, got {type(name).__name__}")
@@ -398,11 +407,13 @@ def _find_source(name):
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"unknown `name` {name!r}: {hint}There are {', '.join(SOURCES)}")
 
+# %% ../nbs/10_data.ipynb #d7678f2c
 def _check_int(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` must be a whole number, got {value!r}")
     if value < least: raise ValueError(f"`{name}` must be at least {least}, got {value}")
 
+# %% ../nbs/10_data.ipynb #7dc14907
 def _check_valid(valid):
     if valid == "test": return
     if isinstance(valid, bool) or not isinstance(valid, (int, float, str)):

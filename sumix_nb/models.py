@@ -82,7 +82,7 @@ def logits_and_features(
             raise ValueError(f"the outputs of `model` must come from {classifier}; name the right one with `layer`")
         return logits, tap.features
 
-# %% ../nbs/20_models.ipynb #0f76caa5
+# %% ../nbs/20_models.ipynb #82b3e280
 def resnet18(
     c:int, # Number of classes K
     width:int=64, # Channels of the first stage; the last has 8 times as many
@@ -100,7 +100,7 @@ def resnet18(
     model.fc = nn.Linear(8 * width, c)
     return model
 
-# %% ../nbs/20_models.ipynb #29f99663
+
 MODELS = {"resnet18": resnet18}
 
 # %% ../nbs/20_models.ipynb #3782bbcd
