@@ -21,7 +21,7 @@ def main(
     "Train three times and compare"
     small = data == "digits"
     limit = limit or (None if small else 10_000)
-    recipe = Recipe(data=data, epochs=epochs or (15 if small else 4), limit=limit, lr=0.05)
+    recipe = Recipe(data=data, per_sample=True, epochs=epochs or (15 if small else 4), limit=limit, lr=0.05)
     records = []
     for mixer, method in RUNS:
         current = replace(recipe, mixer=mixer, method=method)
