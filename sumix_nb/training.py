@@ -39,12 +39,14 @@ from fastcore.script import bool_arg, call_parse
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
 from .data import SOURCES, get_dls
-from .mixers.core import CutMix, MixUp, check_number, check_whole
+from .mixers import CutMix, FMix, GridMix, MixUp, ResizeMix, SaliencyMix, SmoothMix
+from .mixers.core import check_number, check_whole
 from .models import MODELS, get_model
 from .ratio import VARIANTS
 
 # %% ../nbs/experiments/10_training.ipynb #526ca442
-MIXERS = {"none": None, "mixup": MixUp, "cutmix": CutMix}
+MIXERS = {"none": None, "mixup": MixUp, "cutmix": CutMix, "fmix": FMix, "resizemix": ResizeMix,
+          "saliencymix": SaliencyMix, "gridmix": GridMix, "smoothmix": SmoothMix}
 METHODS = ("mce", "sumix")
 
 # %% ../nbs/experiments/10_training.ipynb #755b6be9
@@ -333,7 +335,7 @@ def sumix_train(
     model:str="resnet18", # Network
     width:int=16, # Channels of its first stage (64 in the paper)
     stem:str="small", # Stem: small or standard
-    mixer:str="none", # Mixer: none, mixup or cutmix
+    mixer:str="none", # Mixer: none, mixup, cutmix, fmix, resizemix, saliencymix, gridmix or smoothmix
     alpha:float=1.0, # The mixer's Beta parameter
     per_sample:bool=False, # Draw a lambda for each sample
     p:float=1.0, # Probability of mixing

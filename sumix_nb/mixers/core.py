@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'sample_lam', 'sample_partner', 'Mixed', 'check_batch', 'check_generator', 'Mixer',
-           'MixUp', 'mixing_box', 'box_ratio', 'box_mask', 'cut_and_paste', 'CutMix']
+           'is_channels_last', 'take_images', 'blend_', 'MixUp', 'scaled_box', 'mixing_box', 'box_ratio', 'outer_mask',
+           'between', 'box_mask', 'paste', 'cut_and_paste', 'CutMix']
 
 # %% ../../nbs/mixers/10_core.ipynb #51f92597
 import math
@@ -117,6 +118,12 @@ class Mixer:
 
     def __post_init__(self):
         check_number("alpha", self.alpha, 0.01, math.inf)
+        self.check_coin()
+
+    def check_coin(self):
+        "`TypeError` or `ValueError` for a `per_sample` or `p` that is none"
+        if not isinstance(self.per_sample, bool):
+            raise TypeError(f"`per_sample` must be True or False, got {self.per_sample!r}")
         check_number("p", self.p, 0, 1)
 
     def __call__(self,
@@ -134,16 +141,23 @@ class Mixer:
         lam = self.draw(n if self.per_sample else 1, generator)
         mixed, lam, mask = self.mix(images, partner, lam, model=model, generator=generator)
         lam = lam.to(images.device, torch.float32, non_blocking=True).expand(n)
-        return Mixed(mixed, target, target[partner], lam, partner, mask)
+        return Mixed(mixed, target, target.index_select(0, partner), lam, partner, mask)
 
     def draw(self,
         size:int, # 1 or N
         generator:torch.Generator|None, # The source of randomness
     )->Tensor: # (size,) float64 on the CPU
         "The wanted shares, 1 where the coin `p` says not to mix"
-        lam = sample_lam(self.alpha, size, generator)
+        lam = self.sample(size, generator)
         if self.p == 1: return lam
         return torch.where(torch.rand(size, generator=generator) < self.p, lam, 1.0)
+
+    def sample(self,
+        size:int, # 1 or N
+        generator:torch.Generator|None, # The source of randomness
+    )->Tensor: # (size,) float64 on the CPU
+        "The shares before the coin"
+        return sample_lam(self.alpha, size, generator)
 
     def mix(self,
         images:Tensor, # (N, C, H, W)
@@ -156,32 +170,75 @@ class Mixer:
         "What a mixer has to define"
         raise NotImplementedError(f"{type(self).__name__} must define `mix`")
 
+# %% ../../nbs/mixers/10_core.ipynb #ea7bdb12
+def is_channels_last(
+    images:Tensor, # (N, C, H, W)
+)->bool:
+    "Are the channels of a pixel neighbours in memory, and its columns not?"
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+# %% ../../nbs/mixers/10_core.ipynb #a097097d
+def take_images(
+    images:Tensor, # (N, C, H, W)
+    index:Tensor, # (M,) int64 on the device of the images
+)->Tensor: # (M, C, H, W) in the memory format of the images
+    "`images[index]`, a copy: with `partner` as the index the partner of each image"
+    if not is_channels_last(images): return images.index_select(0, index)
+    return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+
+# %% ../../nbs/mixers/10_core.ipynb #46043ad0
+def blend_(
+    others:Tensor, # (N, C, H, W) written to: must be one's own, such as what `take_images` returned
+    images:Tensor, # (N, C, H, W) finite images
+    mask:Tensor, # (1|N, 1, H|1, W|1) weight of `images`, in [0, 1]
+)->Tensor: # `others`
+    "Puts `mask * images + (1 - mask) * others` into `others`; exact where the mask is 0 or 1"
+    weight = mask.to(images.dtype)
+    if is_channels_last(images) and weight.shape[-2:] == images.shape[-2:]:
+        weight = weight.expand_as(images).contiguous(memory_format=torch.channels_last)
+    return others.lerp_(images, weight)
+
 # %% ../../nbs/mixers/10_core.ipynb #044f47d6
 class MixUp(Mixer):
     "Cross-fade of two images, `lam * a + (1 - lam) * b` (Zhang et al., 2018, Eq. 1)"
     def mix(self, images, partner, lam, *, model, generator):
         weight = lam.float().to(images.device, images.dtype, non_blocking=True)
-        return torch.lerp(images[partner], images, weight.view(-1, 1, 1, 1)), weight, None
+        return blend_(take_images(images, partner), images, weight.view(-1, 1, 1, 1)), weight, None
+
+# %% ../../nbs/mixers/10_core.ipynb #b33fcadb
+def scaled_box(
+    scale:float|Tensor, # Side of the box as a share of the image's, in [0, 1]: a number, or (N,) for one per sample
+    height:int, # Image height H, pixels
+    width:int, # Image width W, pixels
+    center:tuple, # Box centre (row, column), pixels: two integers, or two (N,) tensors
+)->tuple: # (top, bottom, left, right), half-open, clipped to the image: integers, or (N,) int64 tensors
+    "Box with the image's proportions, as CutMix's code rounds it; `ValueError` for a wrong size or centre"
+    if height < 1 or width < 1: raise ValueError(f"`height` and `width` must be at least 1, got {height} and {width}")
+    if len(center) != 2: raise ValueError(f"`center` must be a row and a column, got {center}")
+    edges = []
+    for middle, side in zip(center, (height, width)):
+        if isinstance(scale, Tensor) and scale.ndim:
+            half = (side * scale.double()).long() >> 1
+            if isinstance(middle, Tensor): half = half.to(middle.device, non_blocking=True)
+            edges += [(middle - half).clamp_(0, side), (middle + half).clamp_(0, side)]
+        else:
+            middle, half = int(middle), int(side * float(scale)) // 2
+            edges += [min(max(middle - half, 0), side), min(max(middle + half, 0), side)]
+    return tuple(edges)
 
 # %% ../../nbs/mixers/10_core.ipynb #028bf7ee
 def mixing_box(
-    lam:float|Tensor, # Wanted share of the first image, in [0, 1]: a number, or (N,) for one box per sample
+    lam:float|Tensor, # Wanted share of the first image, in [0, 1]: a number, or (N,) on the CPU for one box per sample
     height:int, # Image height H, pixels
     width:int, # Image width W, pixels
     center:tuple, # Box centre (row, column), pixels: two integers, or two (N,) tensors
 )->tuple: # (top, bottom, left, right), half-open, clipped to the image: integers, or (N,) int64 tensors
     "Box of about `(1 - lam) * H * W` pixels before clipping (CutMix, Eq. 2); `ValueError` if `lam` is not in [0, 1]"
     batched = isinstance(lam, Tensor) and lam.ndim > 0
-    share = lam.double() if batched else torch.tensor(float(lam), dtype=torch.float64)
-    if not bool(((share >= 0) & (share <= 1)).all()): raise ValueError(f"`lam` must be in [0, 1], got {lam}")
-    if height < 1 or width < 1: raise ValueError(f"`height` and `width` must be at least 1, got {height} and {width}")
-    if len(center) != 2: raise ValueError(f"`center` must be a row and a column, got {center}")
-    if not batched: center = [int(middle) for middle in center]
-    edges = []
-    for middle, length in zip(center, (height, width), strict=True):
-        half = (length * (1 - share).sqrt()).long() // 2
-        edges += [(middle - half).clamp(0, length), (middle + half).clamp(0, length)]
-    return tuple(edges) if batched else tuple(int(edge) for edge in edges)
+    lam = lam.double() if batched else float(lam)
+    least, most = (end.item() for end in lam.aminmax()) if batched else (lam, lam)
+    if not 0 <= least <= most <= 1: raise ValueError(f"`lam` must be in [0, 1], got {lam}")
+    return scaled_box((1 - lam) ** 0.5, height, width, center)
 
 # %% ../../nbs/mixers/10_core.ipynb #3e8ff540
 def box_ratio(
@@ -193,6 +250,24 @@ def box_ratio(
     top, bottom, left, right = box
     return 1 - (bottom - top) * (right - left) / (height * width)
 
+# %% ../../nbs/mixers/10_core.ipynb #1c1ed3ee
+def outer_mask(
+    rows:Tensor, # (N, H) how much of the partner each row lets through, in [0, 1]
+    cols:Tensor, # (N, W) the same for each column
+)->Tensor: # (N, 1, H, W) float32
+    "Weight of the first image where the partner shows through row and column: `1 - rows * cols`"
+    return 1 - rows[:, None, :, None] * cols[:, None, None]
+
+# %% ../../nbs/mixers/10_core.ipynb #1898eeec
+def between(
+    low:Tensor, # (N,) int64 first index inside
+    high:Tensor, # (N,) int64 first index outside
+    length:int, # Number of indices
+)->Tensor: # (N, length) float32: 1 inside, 0 outside
+    "Which indices lie in `[low, high)`"
+    index = torch.arange(length, device=low.device)
+    return ((index >= low[:, None]) & (index < high[:, None])).float()
+
 # %% ../../nbs/mixers/10_core.ipynb #bdd94637
 def box_mask(
     box:tuple, # (top, bottom, left, right): integers, or (N,) tensors
@@ -201,14 +276,25 @@ def box_mask(
     device=None, # Where the mask shall be; the CPU by default
 )->Tensor: # (1|N, 1, H, W) float32: 0 inside the box, 1 outside
     "Weight of the first image at each pixel when `box` shows the second one"
-    if not isinstance(box[0], Tensor):
-        top, bottom, left, right = box
+    top, bottom, left, right = box
+    if not isinstance(top, Tensor):
         mask = torch.ones(1, 1, height, width, device=device)
         mask[..., top:bottom, left:right] = 0
         return mask
-    top, bottom, left, right = torch.stack(box).to(device, non_blocking=True).view(4, -1, 1, 1, 1)
-    row, col = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    return 1 - ((row >= top) & (row < bottom) & (col >= left) & (col < right)).float()
+    rows, cols = between(top, bottom, height), between(left, right, width)
+    return outer_mask(*(part.to(device, non_blocking=True) for part in (rows, cols)))
+
+# %% ../../nbs/mixers/10_core.ipynb #5771b211
+def paste(
+    images:Tensor, # (N, C, H, W); never written to
+    patches:Tensor, # (N, C, bottom - top, right - left)
+    box:tuple, # (top, bottom, left, right): integers
+)->Tensor: # (N, C, H, W)
+    "The images with `patches` inside `box`"
+    top, bottom, left, right = box
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = patches
+    return mixed
 
 # %% ../../nbs/mixers/10_core.ipynb #cd863da6
 def cut_and_paste(
@@ -218,11 +304,9 @@ def cut_and_paste(
 )->tuple[Tensor, Tensor]: # Mixed images, and the (1|N, 1, H, W) mask
     "The images with the pixels of their partners inside `box` (CutMix, Eq. 1)"
     mask = box_mask(box, *images.shape[-2:], device=images.device)
-    if isinstance(box[0], Tensor): return torch.where(mask.bool(), images, images[partner]), mask
+    if isinstance(box[0], Tensor): return blend_(take_images(images, partner), images, mask), mask
     top, bottom, left, right = box
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = images[..., top:bottom, left:right][partner]
-    return mixed, mask
+    return paste(images, images[..., top:bottom, left:right].index_select(0, partner), box), mask
 
 # %% ../../nbs/mixers/10_core.ipynb #557eb8b0
 class CutMix(Mixer):
@@ -230,7 +314,7 @@ class CutMix(Mixer):
     def mix(self, images, partner, lam, *, model, generator):
         height, width = images.shape[-2:]
         row, col = (torch.randint(length, lam.shape, generator=generator) for length in (height, width))
-        if not self.per_sample: lam, row, col = lam.item(), row.item(), col.item()
+        if len(lam) == 1: lam, row, col = lam.item(), row.item(), col.item()
         box = mixing_box(lam, height, width, (row, col))
         mixed, mask = cut_and_paste(images, partner, box)
         return mixed, torch.as_tensor(box_ratio(box, height, width)).view(-1), mask
