@@ -1,4 +1,4 @@
-# Every target sets up .venv by itself and installs nothing twice. Variables: PYTHON, DATA, DATA_DIR.
+# Every target sets up .venv by itself and installs nothing twice. Variables: PYTHON, DATA, DATA_DIR, OUT.
 PYTHON ?= python3
 DATA ?= digits
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
 export MPLBACKEND := agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs lab export
+.PHONY: help demo test check bench docs lab export
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,9 @@ test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks 
 	$(BIN)/pytest -q -n 2
 
 check: docs test ## Bring library, notebooks and docs up to date, then `test`
+
+bench: $(READY) ## Time the mixers against torchvision, timm and fastai; OUT=folder keeps a record
+	$(BIN)/python tools/bench.py $(if $(OUT),--out "$(OUT)")
 
 export: $(READY) ## Write sumix_nb/ from the notebooks and clean them
 	$(BIN)/nbdev-export

@@ -31,7 +31,7 @@ from .models import FeatureTap, find_classifier
 from .ratio import check_variant
 from .uncertainty import UncertaintyHead
 
-# %% ../nbs/sumix/40_callback.ipynb #a5d3f595
+# %% ../nbs/sumix/40_callback.ipynb #5a0aa60a
 def normalisation(
     dls, # `DataLoaders`, or anything
 )->tuple[list, list]|None: # Mean and standard deviation of each channel
@@ -75,7 +75,9 @@ class Mix(Callback):
         self.informed = tell_statistics(self.mixer, *statistics) if statistics else self.mixer
 
     @property
-    def off(self): return self.off_after < 1 and self.learn.pct_train >= self.off_after
+    def off(self):
+        "Is the training past `off_after`?"
+        return self.off_after < 1 and self.learn.pct_train >= self.off_after
 
     def before_batch(self):
         "Replace the images by mixed ones"

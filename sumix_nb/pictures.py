@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['example_batch', 'show_images']
 
-# %% ../nbs/mixers/05_pictures.ipynb #6240d139
+# %% ../nbs/mixers/05_pictures.ipynb #4805337d
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/mixers/05_pictures.ipynb #56f0458f
+# %% ../nbs/mixers/05_pictures.ipynb #87c5c628
 def example_batch(
     height:int=40, # H of the images, pixels
     width:int=48, # W of the images, pixels
@@ -25,18 +25,19 @@ def example_batch(
     images = F.interpolate(torch.stack(cuts), (height, width), mode="bilinear", antialias=True)
     return images.clamp(0, 1), torch.tensor([0, 0, 0, 1, 1, 1])
 
-# %% ../nbs/mixers/05_pictures.ipynb #457b4556
+# %% ../nbs/mixers/05_pictures.ipynb #469f4c4f
 def show_images(
     images:Tensor, # (N, C, H, W) images in [0, 1], C = 1 or 3, or (N, H, W) maps
     titles:list|None=None, # A title for each image
     axes=None, # N axes to draw on; a new figure by default
 ): # The axes drawn on
     "A row of images, clipped to [0, 1]; `ValueError` unless titles and axes are as many as images"
+    titles = [""] * len(images) if titles is None else titles
+    if len(titles) != len(images):
+        raise ValueError(f"`titles` must be {len(images)}, one for each image, got {len(titles)}")
     if axes is None:
         axes = plt.subplots(1, len(images), figsize=(7, 1.5), dpi=36, layout="constrained", squeeze=False)[1][0]
-    titles = [""] * len(images) if titles is None else titles
-    if not len(images) == len(titles) == len(axes):
-        raise ValueError(f"`titles` and `axes` must be {len(images)}, got {len(titles)} and {len(axes)}")
+    if len(axes) != len(images): raise ValueError(f"`axes` must be {len(images)}, one for each image, got {len(axes)}")
     for axis, image, title in zip(axes, images.detach().float().cpu(), titles):
         picture = image.permute(1, 2, 0) if image.ndim == 3 else image[..., None]
         axis.imshow((31 * picture.clip(0, 1)).round() / 31, interpolation="nearest", vmin=0, vmax=1)

@@ -13,10 +13,15 @@ from torch.nn import functional as F
 from sumix_nb.callback import Mix, SUMix
 from sumix_nb.data import ImageSet, crop_flip, get_dls
 from sumix_nb.loss import SUMixLoss, mixed_cross_entropy, mixed_loss, per_sample_loss, sumix_loss
-from sumix_nb.mixers.core import CutMix, Mixed, MixUp, check_generator, mixing_box, sample_lam
+from sumix_nb.mixers import CutMix, FMix, GridMix, Mixed, MixUp, OneOf, ResizeMix, SaliencyMix, SmoothMix
+from sumix_nb.mixers.core import check_generator, mixing_box, sample_lam, scaled_box
+from sumix_nb.mixers.fmix import binarise, low_frequency_image
+from sumix_nb.mixers.resizemix import paste_resized
+from sumix_nb.mixers.saliencymix import fine_grained_saliency, spectral_saliency
 from sumix_nb.models import find_classifier, get_model, logits_and_features
 from sumix_nb.ratio import (check_encodings, check_labels, check_lam, check_variant, mix_ratio, ratio_from_distances,
                             released_distance, semantic_distance)
+from sumix_nb.pictures import example_batch, show_images
 from sumix_nb.uncertainty import UncertaintyHead
 
 IMAGES, TARGET, LOGITS = torch.zeros(4, 3, 6, 6), torch.arange(4), torch.zeros(4, 5)
@@ -115,6 +120,62 @@ CASES = [
      r"`mask` must have one of the shapes .*\(4, 6, 6\)"),
     ("mixers: record, mask of two", lambda: record(mask=torch.ones(2, 1, 6, 6)), ValueError,
      r"`mask` must have one of the shapes"),
+    *[(f"mixers: per_sample {value!r} of {kind.__name__}", partial(kind, per_sample=value), TypeError,
+       r"`per_sample` must be True or False, got") for kind in (CutMix, ResizeMix) for value in (1, 0.5, "no")],
+    ("mixers: fields in the wrong place", lambda: FMix(1.0, 3.0), TypeError, r"`per_sample` must be True or False"),
+    ("mixers: scaled box of no rows", lambda: scaled_box(0.5, 0, 4, (1, 1)), ValueError, r"`height` and `width` must"),
+    ("mixers: many boxes, a lam outside", lambda: mixing_box(torch.tensor([0.5, 1.2]), 4, 4, (1, 1)), ValueError,
+     r"`lam` must be in \[0, 1\]"),
+    *[(f"mixers: fmix decay {decay}", partial(FMix, decay=decay), ValueError, r"`decay` must")
+      for decay in (-1, NAN, INF)],
+    *[(f"mixers: fmix max_soft {soft}", partial(FMix, max_soft=soft), ValueError, r"`max_soft` must be in \[0, 0\.5\]")
+      for soft in (-0.1, 0.6, NAN)],
+    ("mixers: fmix decay a string", lambda: FMix(decay="3"), TypeError, r"`decay` must be a number, got '3'"),
+    ("mixers: noise of another size", lambda: low_frequency_image(torch.zeros(1, 6, 6, 2), 6, 6), ValueError,
+     r"`noise` must be floating point of the shape \('N', 6, 4, 2\), got \(1, 6, 6, 2\)"),
+    *[(f"mixers: binarise lam {lam}", partial(binarise, torch.zeros(1, 2, 2), lam), ValueError, r"`lam` must be in")
+      for lam in (-0.1, 1.1, NAN)],
+    *[(f"mixers: resizemix scope {scope}", partial(ResizeMix, scope=scope), (TypeError, ValueError), r"`scope` must")
+      for scope in ((0.8, 0.1), (0.1,), 0.5, (-0.1, 0.5), (0.1, 1.2), ("a", "b"))],
+    ("mixers: resizemix alpha", lambda: ResizeMix(alpha=0), ValueError, r"`alpha` must be at least 0\.01"),
+    ("mixers: resizemix p", lambda: ResizeMix(p=2), ValueError, r"`p` must be in \[0, 1\], got 2"),
+    ("mixers: resizemix mode", lambda: ResizeMix(mode="bicubic"), ValueError,
+     r"`mode` must be one of \('nearest', 'bilinear'\), got 'bicubic'"),
+    ("mixers: paste_resized mode", lambda: paste_resized(IMAGES, IMAGES, (0, 1, 0, 1), "area"), ValueError,
+     r"`mode` must be one of"),
+    ("mixers: saliency", lambda: SaliencyMix(saliency="gradient"), ValueError,
+     r"`saliency` must be one of \('finegrained', 'spectral', 'random'\), got 'gradient'"),
+    ("mixers: mean without std", lambda: SaliencyMix(mean=(0.5,)), ValueError, r"`mean` and `std` must both be given"),
+    ("mixers: saliency of floats", lambda: fine_grained_saliency(IMAGES), ValueError,
+     r"`images_uint8` must be uint8 of the shape \(N, 3 or 1, H, W\), got torch\.float32 \(4, 3, 6, 6\)"),
+    ("mixers: saliency of two channels", lambda: spectral_saliency(IMAGES[:, :2].byte()), ValueError,
+     r"`images_uint8` must .*\(4, 2, 6, 6\)"),
+    *[(f"mixers: gridmix {name} {value}", partial(GridMix, **{name: value}), (TypeError, ValueError), rf"`{name}` must")
+      for name, value in (("columns", (0, 3)), ("columns", (2, 2.5)), ("columns", 3), ("area", (0.9, 0.5)),
+                          ("area", (0, 2)), ("aspect", (0, 1)), ("aspect", (1, NAN)))],
+    *[(f"mixers: smoothmix deviation {value}", partial(SmoothMix, deviation=value), (TypeError, ValueError),
+       r"`deviation` must") for value in ((0, 1), (0.5, 0.2), "wide")],
+    ("mixers: OneOf nothing", lambda: OneOf([]), TypeError, r"`mixers` must be a list of at least one mixer, got \[\]"),
+    ("mixers: OneOf one mixer without list", lambda: OneOf(CutMix()), TypeError, r"`mixers` must be a list"),
+    ("mixers: OneOf a class", lambda: OneOf([CutMix]), TypeError, r"`mixers` must be called as .*e\.g\. CutMix\(\)"),
+    ("mixers: OneOf a name", lambda: OneOf(["cutmix"]), TypeError, r"`mixers` must be called as .*got 'cutmix'"),
+    ("mixers: OneOf p too large", lambda: OneOf([CutMix(), MixUp()], [0.6, 0.6]), ValueError,
+     r"`p` must sum to at most 1, got \[0\.6, 0\.6\]"),
+    ("mixers: OneOf p of another length", lambda: OneOf([CutMix(), MixUp()], [0.5]), ValueError,
+     r"`p` must be one probability for each of the 2 mixers, got \[0\.5\]"),
+    ("mixers: OneOf p a number", lambda: OneOf([CutMix()], 0.5), ValueError, r"`p` must be one probability for each"),
+    ("mixers: OneOf p negative", lambda: OneOf([CutMix()], [-0.5]), ValueError, r"`p` must be in \[0, 1\], got -0\.5"),
+    ("mixers: OneOf per_sample", lambda: OneOf([CutMix()], per_sample="yes"), TypeError,
+     r"`per_sample` must be True or"),
+    ("mixers: OneOf of uint8 images", lambda: OneOf([CutMix()])(IMAGES.byte(), TARGET), ValueError,
+     r"`images` must be floating point"),
+    ("mixers: OneOf with a seed as generator", lambda: OneOf([CutMix()])(IMAGES, TARGET, generator=1), TypeError,
+     r"`generator` must be a torch\.Generator or None, got int"),
+    # pictures
+    ("pictures: no rows", lambda: example_batch(0, 5), ValueError,
+     r"`height` and `width` must be at least 1, got 0 and 5"),
+    ("pictures: too few titles", lambda: show_images(IMAGES, ["one"]), ValueError,
+     r"`titles` must be 4, one for each image, got 1"),
     # ratio
     ("ratio: variant", lambda: check_variant("papers"), ValueError,
      r"`variant` must be one of \('poster', 'released', 'corrected'\), got 'papers'"),
@@ -236,6 +297,10 @@ CASES = [
       for keep in (0, -1, 2.5, "all")],
     *[(f"callback: seed {seed!r}", partial(Mix, CutMix(), seed=seed), (TypeError, ValueError), r"`seed` must")
       for seed in (1.5, "a")],
+    *[(f"callback: off_after {value!r}", partial(Mix, CutMix(), off_after=value), (TypeError, ValueError),
+       r"`off_after` must") for value in (-0.1, 1.5, NAN, "late")],
+    ("callback: an empty list", lambda: Mix([]), TypeError, r"`mixers` must be a list of at least one mixer"),
+    ("callback: a list of classes", lambda: SUMix([CutMix]), TypeError, r"`mixers` must be called as"),
     ("callback: unknown layer", lambda: train(SUMix(CutMix(), layer="fc")), ValueError,
      r"`layer` must be one of the linear layers"),
     ("callback: no linear layer", lambda: train(SUMix(CutMix()), Conv()), ValueError,
@@ -265,6 +330,6 @@ def test_bad_input_is_refused_with_the_argument_and_the_rule(call, error, messag
 
 
 def test_the_table_covers_every_module():
-    assert {case[0].split(":")[0] for case in CASES} == {"data", "mixers", "ratio", "uncertainty", "models", "loss",
-                                                         "callback"}
+    assert {case[0].split(":")[0] for case in CASES} == {"data", "mixers", "pictures", "ratio", "uncertainty", "models",
+                                                         "loss", "callback"}
     assert len(CASES) >= 30 and len({case[0] for case in CASES}) == len(CASES)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unmixed', 'join', 'OneOf', 'tell_statistics']
 
-# %% ../../nbs/mixers/90_choosing.ipynb #7206d6ba
+# %% ../../nbs/mixers/90_choosing.ipynb #87259833
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import Mixed, check_batch, check_generator, check_number, take_images
 
-# %% ../../nbs/mixers/90_choosing.ipynb #c5b0feb5
+# %% ../../nbs/mixers/90_choosing.ipynb #3049bdcf
 def unmixed(
     images:Tensor, # (N, C, H, W)
     target:Tensor, # (N, ...) their targets
@@ -24,24 +24,23 @@ def unmixed(
     lam, mask = (torch.ones(shape, device=images.device) for shape in ((n,), (1, 1, *images.shape[-2:])))
     return Mixed(images.clone(), target, target.clone(), lam, torch.arange(n, device=images.device), mask)
 
-# %% ../../nbs/mixers/90_choosing.ipynb #e828b603
+# %% ../../nbs/mixers/90_choosing.ipynb #37ce982e
 def join(
     parts:list[Mixed], # Mixtures of parts of one batch
     rows:list[Tensor], # For each its rows of the batch, int64 on the CPU
     target:Tensor, # (N, ...) targets of the batch
 )->Mixed: # The mixture of the whole batch, in its order
-    "Mixtures of parts of a batch as one; its mask is None unless all parts have one"
+    "Mixtures of parts of a batch as one, with a mask for each sample"
     device, order = parts[0].images.device, torch.cat(rows).argsort()
     order, rows = order.to(device, non_blocking=True), [part.to(device, non_blocking=True) for part in rows]
     partner = torch.cat([row[part.partner] for row, part in zip(rows, parts)])[order]
     lam = torch.cat([part.lam.float() for part in parts])[order]
-    masks = [part.mask for part in parts]
-    mask = None if any(mask is None for mask in masks) else torch.cat(
-        [mask.expand(len(row), -1, -1, -1) for mask, row in zip(masks, rows)])[order]
+    masks = [part.lam.float().view(-1, 1, 1, 1) if part.mask is None else part.mask for part in parts]
+    masks = [mask.expand(len(row), 1, *parts[0].images.shape[2:]) for mask, row in zip(masks, rows)]
     images = take_images(torch.cat([part.images for part in parts]), order)
-    return Mixed(images, target, target[partner], lam, partner, mask)
+    return Mixed(images, target, target[partner], lam, partner, torch.cat(masks)[order])
 
-# %% ../../nbs/mixers/90_choosing.ipynb #77121f91
+# %% ../../nbs/mixers/90_choosing.ipynb #8fcbf3d7
 @dataclass
 class OneOf:
     "Another mixer for each batch, or for each sample; `TypeError` or `ValueError` for what cannot be chosen from"
@@ -69,9 +68,11 @@ class OneOf:
     )->Tensor: # (size,) int64: index of the mixer, or their number for none
         "Rolls of the die"
         count = len(self.mixers)
-        edges = torch.tensor([1 / count] * count if self.p is None else self.p, dtype=torch.float64).cumsum(0)
+        chances = [1 / count] * count if self.p is None else self.p
+        edges = torch.tensor(chances, dtype=torch.float64, device="cpu").cumsum(0)
         if edges[-1] > 1 - 1e-6: edges[-1] = 1  # probabilities such as 0.1 add up to almost 1
-        return torch.bucketize(torch.rand(size, generator=generator, dtype=torch.float64), edges, right=True)
+        rolls = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.bucketize(rolls, edges, right=True)
 
     def __call__(self,
         images:Tensor, # (N, C, H, W) normalised images, on any device; never written to
@@ -93,11 +94,14 @@ class OneOf:
             rows.append(row)
         return parts[0] if len(parts) == 1 else join(parts, rows, target)
 
-    def with_statistics(self, mean, std):
+    def with_statistics(self,
+        mean:tuple, # Means that the channels are normalised with
+        std:tuple, # Standard deviations of the same
+    ): # A `OneOf`
         "The same choice for images normalised with `mean` and `std`"
         return replace(self, mixers=[tell_statistics(mixer, mean, std) for mixer in self.mixers])
 
-# %% ../../nbs/mixers/90_choosing.ipynb #c0f64b66
+# %% ../../nbs/mixers/90_choosing.ipynb #394af566
 def tell_statistics(
     mixer:Callable, # Any mixer
     mean:tuple, # Means that the channels of its images are normalised with

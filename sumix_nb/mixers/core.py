@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'sample_lam', 'sample_partner', 'Mixed', 'check_batch', 'check_generator', 'Mixer',
-           'is_channels_last', 'take_images', 'blend_', 'MixUp', 'scaled_box', 'mixing_box', 'box_ratio', 'outer_mask',
-           'between', 'box_mask', 'paste', 'cut_and_paste', 'CutMix']
+           'is_channels_last', 'take_images', 'blend_', 'MixUp', 'scaled_box', 'mixing_box', 'box_ratio', 'box_share',
+           'outer_mask', 'between', 'box_mask', 'paste', 'cut_and_paste', 'CutMix']
 
 # %% ../../nbs/mixers/10_core.ipynb #51f92597
 import math
@@ -47,7 +47,7 @@ def sample_lam(
 )->Tensor: # (size,) float64 on the CPU, in [1e-6, 1 - 1e-6]
     "Shares of the first image from Beta(alpha, alpha) (MixUp, section 2); `ValueError` for an `alpha` out of range"
     check_number("alpha", alpha, 0.01, math.inf)
-    concentration = torch.full((size, 2), alpha, dtype=torch.float64)
+    concentration = torch.full((size, 2), alpha, dtype=torch.float64, device="cpu")
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0].clamp(1e-6, 1 - 1e-6)
 
 # %% ../../nbs/mixers/10_core.ipynb #ab7cf91b
@@ -56,7 +56,7 @@ def sample_partner(
     generator:torch.Generator|None=None, # A CPU generator; PyTorch's global one by default
 )->Tensor: # (N,) int64 on the CPU: the index of each sample's partner
     "A random permutation of the batch"
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=generator, device="cpu")
 
 # %% ../../nbs/mixers/10_core.ipynb #4c558484
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Mixed:
     target_b:Tensor # The same for the partners
     lam:Tensor # (N,) weight that the label gives to the first image, in [0, 1]
     partner:Tensor # (N,) int64: row i was mixed with row `partner[i]`
-    mask:Tensor|None=None # (1|N, 1, H, W) weight of the first image at each pixel, where there is one
+    mask:Tensor|None=None # (1|N, 1, H, W) weight of the first image at each pixel; None if it is `lam` at every pixel
 
     def __post_init__(self):
         n = len(self.images)
@@ -150,7 +150,7 @@ class Mixer:
         "The wanted shares, 1 where the coin `p` says not to mix"
         lam = self.sample(size, generator)
         if self.p == 1: return lam
-        return torch.where(torch.rand(size, generator=generator) < self.p, lam, 1.0)
+        return torch.where(torch.rand(size, generator=generator, device="cpu") < self.p, lam, 1.0)
 
     def sample(self,
         size:int, # 1 or N
@@ -170,14 +170,14 @@ class Mixer:
         "What a mixer has to define"
         raise NotImplementedError(f"{type(self).__name__} must define `mix`")
 
-# %% ../../nbs/mixers/10_core.ipynb #ea7bdb12
+# %% ../../nbs/mixers/10_core.ipynb #ab7ebd10
 def is_channels_last(
     images:Tensor, # (N, C, H, W)
 )->bool:
     "Are the channels of a pixel neighbours in memory, and its columns not?"
     return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/mixers/10_core.ipynb #a097097d
+# %% ../../nbs/mixers/10_core.ipynb #2ecf6acb
 def take_images(
     images:Tensor, # (N, C, H, W)
     index:Tensor, # (M,) int64 on the device of the images
@@ -186,7 +186,7 @@ def take_images(
     if not is_channels_last(images): return images.index_select(0, index)
     return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
-# %% ../../nbs/mixers/10_core.ipynb #46043ad0
+# %% ../../nbs/mixers/10_core.ipynb #ec4d9b6d
 def blend_(
     others:Tensor, # (N, C, H, W) written to: must be one's own, such as what `take_images` returned
     images:Tensor, # (N, C, H, W) finite images
@@ -200,12 +200,12 @@ def blend_(
 
 # %% ../../nbs/mixers/10_core.ipynb #044f47d6
 class MixUp(Mixer):
-    "Cross-fade of two images, `lam * a + (1 - lam) * b` (Zhang et al., 2018, Eq. 1)"
+    "Cross-fade of two images, `lam * a + (1 - lam) * b` (Zhang et al., 2018, section 1)"
     def mix(self, images, partner, lam, *, model, generator):
         weight = lam.float().to(images.device, images.dtype, non_blocking=True)
         return blend_(take_images(images, partner), images, weight.view(-1, 1, 1, 1)), weight, None
 
-# %% ../../nbs/mixers/10_core.ipynb #b33fcadb
+# %% ../../nbs/mixers/10_core.ipynb #86c5ca3e
 def scaled_box(
     scale:float|Tensor, # Side of the box as a share of the image's, in [0, 1]: a number, or (N,) for one per sample
     height:int, # Image height H, pixels
@@ -250,7 +250,17 @@ def box_ratio(
     top, bottom, left, right = box
     return 1 - (bottom - top) * (right - left) / (height * width)
 
-# %% ../../nbs/mixers/10_core.ipynb #1c1ed3ee
+# %% ../../nbs/mixers/10_core.ipynb #448e4480
+def box_share(
+    box:tuple, # (top, bottom, left, right): integers, or (N,) tensors
+    height:int, # Image height H, pixels
+    width:int, # Image width W, pixels
+)->Tensor: # (1|N,) float32, on the CPU or where the tensors are
+    "`box_ratio` as a tensor, as `mix` has to return it"
+    ratio = box_ratio(box, height, width)
+    return ratio if isinstance(ratio, Tensor) else torch.tensor([ratio], dtype=torch.float32, device="cpu")
+
+# %% ../../nbs/mixers/10_core.ipynb #158fe1e5
 def outer_mask(
     rows:Tensor, # (N, H) how much of the partner each row lets through, in [0, 1]
     cols:Tensor, # (N, W) the same for each column
@@ -258,7 +268,7 @@ def outer_mask(
     "Weight of the first image where the partner shows through row and column: `1 - rows * cols`"
     return 1 - rows[:, None, :, None] * cols[:, None, None]
 
-# %% ../../nbs/mixers/10_core.ipynb #1898eeec
+# %% ../../nbs/mixers/10_core.ipynb #94e66c2f
 def between(
     low:Tensor, # (N,) int64 first index inside
     high:Tensor, # (N,) int64 first index outside
@@ -284,7 +294,7 @@ def box_mask(
     rows, cols = between(top, bottom, height), between(left, right, width)
     return outer_mask(*(part.to(device, non_blocking=True) for part in (rows, cols)))
 
-# %% ../../nbs/mixers/10_core.ipynb #5771b211
+# %% ../../nbs/mixers/10_core.ipynb #fa502cf4
 def paste(
     images:Tensor, # (N, C, H, W); never written to
     patches:Tensor, # (N, C, bottom - top, right - left)
@@ -313,8 +323,8 @@ class CutMix(Mixer):
     "A box of the partner pasted into each image; `lam` is the area that is left (Yun et al., 2019, Eq. 1 and 2)"
     def mix(self, images, partner, lam, *, model, generator):
         height, width = images.shape[-2:]
-        row, col = (torch.randint(length, lam.shape, generator=generator) for length in (height, width))
+        row, col = (torch.randint(side, lam.shape, generator=generator, device="cpu") for side in (height, width))
         if len(lam) == 1: lam, row, col = lam.item(), row.item(), col.item()
         box = mixing_box(lam, height, width, (row, col))
         mixed, mask = cut_and_paste(images, partner, box)
-        return mixed, torch.as_tensor(box_ratio(box, height, width)).view(-1), mask
+        return mixed, box_share(box, height, width), mask

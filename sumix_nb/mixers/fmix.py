@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_noise', 'damping', 'low_frequency_image', 'binarise', 'FMix']
 
-# %% ../../nbs/mixers/20_fmix.ipynb #fea5d737
+# %% ../../nbs/mixers/20_fmix.ipynb #7c00d203
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import Mixer, blend_, check_number, take_images
 
-# %% ../../nbs/mixers/20_fmix.ipynb #9bfc7887
+# %% ../../nbs/mixers/20_fmix.ipynb #a273d63d
 def check_noise(
     noise:Tensor, # Noise handed to `low_frequency_image`
     shape:tuple, # (H, columns, 2), what it must have after its first dimension
@@ -24,22 +24,22 @@ def check_noise(
     if noise.shape[1:] != shape or not noise.is_floating_point():
         raise ValueError(f"`noise` must be floating point of the shape {('N', *shape)}, got {tuple(noise.shape)}")
 
-# %% ../../nbs/mixers/20_fmix.ipynb #e56a51ed
+# %% ../../nbs/mixers/20_fmix.ipynb #4eef2df1
 @lru_cache(maxsize=16)
 def damping(
     height:int, # Image height H, pixels
     width:int, # Image width W, pixels
     columns:int, # Columns of the spectrum
     decay:float, # Exponent delta of the frequency
-    dtype:torch.dtype, # Type and
-    device:torch.device, # device of the result
+    dtype:torch.dtype, # Type of the result
+    device:torch.device, # Device of the result
 )->Tensor: # (H, columns, 1); remembered, so not to be written to
-    "What the noise is divided by: the frequency of each entry to the power `decay`, that of the constant being 1/side"
+    "What the noise is divided by: `max(f * max(H, W), 1) ** decay`, so that only high frequencies lose"
     rows, cols = (torch.fft.fftfreq(side, dtype=dtype, device=device) for side in (height, width))
     frequency = torch.hypot(rows[:, None], cols[:columns])
-    return frequency.clamp(min=1 / max(height, width))[..., None] ** decay
+    return (frequency * max(height, width)).clamp(min=1)[..., None] ** decay
 
-# %% ../../nbs/mixers/20_fmix.ipynb #33171670
+# %% ../../nbs/mixers/20_fmix.ipynb #1f97362a
 def low_frequency_image(
     noise:Tensor, # (N, H, W//2 + 1, 2) Gaussian, real and imaginary parts; with `quirk` and odd W, W//2 + 2 columns
     height:int, # Image height H, pixels
@@ -47,7 +47,7 @@ def low_frequency_image(
     decay:float=3.0, # Exponent delta of the frequency; 0 leaves white noise
     quirk:bool=False, # Combine real and imaginary parts as the published code does?
 )->Tensor: # (N, H, W) in [0, 1]
-    "Noise with its high frequencies damped (FMix, section 3); `ValueError` for noise of another shape"
+    "Noise with its high frequencies damped (Harris et al., 2020); `ValueError` for noise of another shape"
     columns = width // 2 + 1 + (width % 2 if quirk else 0)
     check_noise(noise, (height, columns, 2))
     damped = noise / damping(height, width, columns, decay, noise.dtype, noise.device)
@@ -57,31 +57,35 @@ def low_frequency_image(
     clouds = clouds - clouds.amin((1, 2), keepdim=True)
     return clouds / clouds.amax((1, 2), keepdim=True).clamp(min=torch.finfo(noise.dtype).tiny)
 
-# %% ../../nbs/mixers/20_fmix.ipynb #3574c2fc
+# %% ../../nbs/mixers/20_fmix.ipynb #776a3f6d
 def binarise(
     image:Tensor, # (N, H, W) any image, of which the order of the values counts
     lam:float|Tensor, # Share of pixels that get weight 1, in [0, 1]: a number, or (N,) on the CPU
     max_soft:float=0.0, # Half width of the soft edge, as a share of all pixels, in [0, 0.5]
     round_up:bool|Tensor=True, # Round the number of pixels up, or down? A bool, or (N,) bools
 )->Tensor: # (N, 1, H, W) weights in [0, 1], of the type of the image
-    "Weight 1 for the share `lam` of largest pixels (FMix, section 3); `ValueError` for `lam` or `max_soft` out of it"
+    "Weight 1 for the share `lam` of largest pixels (Harris et al., 2020); `ValueError` for what is out of range"
     check_number("max_soft", max_soft, 0, 0.5)
     n, pixels = len(image), image[0].numel()
-    lam = torch.as_tensor(lam, dtype=torch.float64).expand(n)
+    lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
+    round_up = torch.as_tensor(round_up, device="cpu")
+    for name, values in (("lam", lam), ("round_up", round_up)):
+        if values.numel() not in (1, n): raise ValueError(f"`{name}` must be 1 or {n} values, got {values.numel()}")
+    lam, round_up = lam.expand(n), round_up.expand(n)
     least, most = (end.item() for end in lam.aminmax())
     if not 0 <= least <= most <= 1: raise ValueError(f"`lam` must be in [0, 1], got {lam}")
     exact = lam * pixels
-    count = torch.where(torch.as_tensor(round_up), exact.ceil(), exact.floor())[:, None]
+    count = torch.where(round_up, exact.ceil(), exact.floor())[:, None]
     soft = (pixels * torch.minimum(lam, 1 - lam).clamp(max=max_soft)).floor()[:, None] if max_soft else 0
     needed = min(int((count + soft).max()), pixels)
-    rank, values = torch.arange(needed), image.flatten(1)
+    rank, values = torch.arange(needed, device="cpu"), image.flatten(1)
     weight = rank < count
     if max_soft: weight = torch.where(soft == 0, weight, ((count + soft - 1 - rank) / (2 * soft - 1)).clamp(0, 1))
     largest = values.topk(needed, sorted=n > 1 or max_soft > 0).indices
     weight = weight.to(image.device, image.dtype, non_blocking=True)
     return torch.zeros_like(values).scatter_(1, largest, weight).view(n, 1, *image.shape[1:])
 
-# %% ../../nbs/mixers/20_fmix.ipynb #212c2b74
+# %% ../../nbs/mixers/20_fmix.ipynb #53c567c5
 @dataclass
 class FMix(Mixer):
     "Two images in the shapes of low-frequency noise (Harris et al., 2020); errors as `Mixer`"
@@ -97,8 +101,9 @@ class FMix(Mixer):
     def mix(self, images, partner, lam, *, model, generator):
         height, width = images.shape[-2:]
         columns = width // 2 + 1 + (width % 2 if self.quirk else 0)
-        noise = torch.randn(len(lam), height, columns, 2, generator=generator).to(images.device, non_blocking=True)
+        noise = torch.randn(len(lam), height, columns, 2, generator=generator, device="cpu")
+        noise = noise.to(images.device, non_blocking=True)
         clouds = low_frequency_image(noise, height, width, self.decay, self.quirk)
-        round_up = torch.rand(len(lam), generator=generator) < 0.5
+        round_up = torch.rand(len(lam), generator=generator, device="cpu") < 0.5
         mask = binarise(clouds, lam, self.max_soft, round_up)
         return blend_(take_images(images, partner), images, mask), lam, mask

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['outer_share', 'grid_lines', 'check_range', 'uniform', 'GridMix', 'bell', 'SmoothMix']
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #c5efe558
+# %% ../../nbs/mixers/50_gridmix.ipynb #210f24c2
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import Mixer, blend_, check_number, check_whole, outer_mask, take_images
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #b97180af
+# %% ../../nbs/mixers/50_gridmix.ipynb #50276634
 def outer_share(
     rows:Tensor, # (N, H) how much of the partner each row lets through, in [0, 1]
     cols:Tensor, # (N, W) the same for each column
@@ -22,7 +22,7 @@ def outer_share(
     "Share of the first image under the mask that `outer_mask` makes of the same"
     return 1 - rows.double().mean(1) * cols.double().mean(1)
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #60d6291a
+# %% ../../nbs/mixers/50_gridmix.ipynb #dd409e68
 def grid_lines(
     lam:Tensor, # (N,) wanted share of the first image inside the rectangle, in [0, 1]
     height:int, # Image height H, pixels
@@ -33,7 +33,9 @@ def grid_lines(
     place:Tensor, # (N, 2) where it lies, from left (0) to right (1) and from top to bottom
     hole_aspect:float=1.0, # Height by width of a cell
 )->tuple[Tensor, Tensor]: # (N, H) and (N, W) float32: 1 where a row and a column run through holes, else 0
-    "Rows and columns of the holes (GridMix, section 3), as the published code rounds them"
+    "Rows and columns of the holes, as OpenMixup rounds them; `ValueError` for a `lam` or `columns` out of range"
+    if not ((lam >= 0) & (lam <= 1)).all(): raise ValueError(f"`lam` must be in [0, 1], got {lam}")
+    if not (columns >= 1).all(): raise ValueError(f"`columns` must be at least 1, got {columns}")
     lam, aspect = lam.double(), aspect.double() * height / width
     whole = (height * width * area.double()).floor()
     cut_width = (whole / aspect).sqrt().floor()
@@ -45,12 +47,12 @@ def grid_lines(
     for side, cut, cell, at in ((height, cut_height, cell_height, 1), (width, cut_width, cell_width, 0)):
         start = ((side - cut) * place[:, at].double()).floor()
         hole = (cell * (1 - lam).sqrt()).floor().clamp(min=1).minimum(cell - 1)
-        offset = torch.arange(side) - start[:, None]
+        offset = torch.arange(side, device="cpu") - start[:, None]
         inside = (offset >= 0) & (offset < cut[:, None])
         lines.append((inside & (offset.remainder(cell.clamp(min=1)[:, None]) < hole[:, None])).float())
     return tuple(lines)
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #789af4bf
+# %% ../../nbs/mixers/50_gridmix.ipynb #e3266a08
 def check_range(
     name:str, # The argument's name
     values:tuple, # Least and most
@@ -63,19 +65,20 @@ def check_range(
     for value in values: check_number(name, value, least, most)
     if values[0] > values[1]: raise ValueError(f"`{name}` must be in order, got {values}")
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #66c3c396
+# %% ../../nbs/mixers/50_gridmix.ipynb #1be224fb
 def uniform(
     values:tuple, # Least and most
     size:int, # How many to draw
     generator:torch.Generator|None, # A CPU generator
 )->Tensor: # (size,) float64 on the CPU
     "Numbers drawn evenly between two ends"
-    return values[0] + (values[1] - values[0]) * torch.rand(size, generator=generator, dtype=torch.float64)
+    shares = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+    return values[0] + (values[1] - values[0]) * shares
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #e634465b
+# %% ../../nbs/mixers/50_gridmix.ipynb #24499471
 @dataclass
 class GridMix(Mixer):
-    "The partner through a grid of holes (Baek et al., 2021); errors as `Mixer`, and for ranges out of order"
+    "The partner through a grid of holes (after Baek et al., 2021); errors as `Mixer`, and for ranges out of order"
     columns:tuple=(2, 6) # Least and most cells across the rectangle, whole numbers of at least 1
     area:tuple=(0.5, 1.0) # Least and most share of the image that the rectangle covers, in [0, 1]
     aspect:tuple=(0.5, 2.0) # Least and most height by width of the rectangle, as a multiple of the image's
@@ -89,25 +92,26 @@ class GridMix(Mixer):
 
     def mix(self, images, partner, lam, *, model, generator):
         n, (height, width) = len(lam), images.shape[-2:]
-        columns = torch.randint(self.columns[0], self.columns[1] + 1, (n,), generator=generator)
+        least, most = self.columns
+        columns = torch.randint(least, most + 1, (n,), generator=generator, device="cpu")
         area, aspect = uniform(self.area, n, generator), uniform(self.aspect, n, generator)
-        place = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+        place = torch.rand(n, 2, generator=generator, dtype=torch.float64, device="cpu")
         rows, cols = grid_lines(lam, height, width, columns, area, aspect, place)
         rows = rows * (lam < 1)[:, None]
         mask = outer_mask(*(part.to(images.device, non_blocking=True) for part in (rows, cols)))
         return blend_(take_images(images, partner), images, mask), outer_share(rows, cols), mask
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #121e53e7
+# %% ../../nbs/mixers/50_gridmix.ipynb #3660f87b
 def bell(
     side:int, # H or W, pixels
-    centre:Tensor, # (N,) middle of the bell, pixels
+    center:Tensor, # (N,) middle of the bell, pixels
     deviation:Tensor, # (N,) its standard deviation, pixels, above 0
 )->Tensor: # (N, side) float32, in (0, 1]
-    "One side of a round spot: `exp(-(i - centre)^2 / (2 deviation^2))` (SmoothMix, section 3)"
-    offset = (torch.arange(side, dtype=torch.float64) - centre[:, None]) / deviation[:, None]
+    "One side of a round spot: `exp(-(i - center)^2 / (2 deviation^2))` (Lee et al., 2020)"
+    offset = (torch.arange(side, dtype=torch.float64, device="cpu") - center[:, None]) / deviation[:, None]
     return torch.exp(-offset.square() / 2).float()
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #e31f8ac8
+# %% ../../nbs/mixers/50_gridmix.ipynb #9e545c97
 @dataclass
 class SmoothMix(Mixer):
     "The partner through a soft round spot (Lee et al., 2020), `alpha` without effect; errors as `Mixer`"
@@ -120,8 +124,8 @@ class SmoothMix(Mixer):
     def mix(self, images, partner, lam, *, model, generator):
         n, sides = len(lam), images.shape[-2:]
         deviation = uniform(self.deviation, n, generator)
-        rows, cols = (bell(side, torch.randint(side, (n,), generator=generator) - 0.5, side * deviation)
-                      for side in sides)
+        centers = [torch.randint(side, (n,), generator=generator, device="cpu") - 0.5 for side in sides]
+        rows, cols = (bell(side, center, side * deviation) for side, center in zip(sides, centers))
         rows = rows * (lam < 1)[:, None]
         mask = outer_mask(*(part.to(images.device, non_blocking=True) for part in (rows, cols)))
         return blend_(take_images(images, partner), images, mask), outer_share(rows, cols), mask

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZE_MODES', 'shrink', 'source_lines', 'pick', 'paste_resized', 'ResizeMix']
 
-# %% ../../nbs/mixers/30_resizemix.ipynb #97225a94
+# %% ../../nbs/mixers/30_resizemix.ipynb #b6269b89
 import math
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import (Mixer, blend_, box_mask, box_ratio, check_number, is_channels_last, mixing_box,
-                                  take_images, paste, sample_lam)
+from .core import (Mixer, blend_, box_mask, box_share, check_number, is_channels_last, paste, sample_lam,
+                                  scaled_box, take_images)
 from ..ratio import full_precision
 
 # %% ../../nbs/mixers/30_resizemix.ipynb #a5c58460
@@ -31,7 +31,7 @@ def shrink(
     if top == bottom or left == right: return images[..., :bottom - top, :right - left]
     return F.interpolate(images, (bottom - top, right - left), mode=mode)
 
-# %% ../../nbs/mixers/30_resizemix.ipynb #b823e683
+# %% ../../nbs/mixers/30_resizemix.ipynb #0a0dd1af
 def source_lines(
     low:Tensor, # (N,) int64 first row (or column) of each box
     high:Tensor, # (N,) int64 first one below (or right of) it
@@ -40,8 +40,9 @@ def source_lines(
 )->tuple[Tensor, Tensor, Tensor]: # (N, length) int64 indices of two lines, and (N, length) float32 weight of the second
     "Rows (or columns) of the partner that each row (or column) inside the box shows; what is outside is of no use"
     offset = torch.arange(length, device=low.device) - low[:, None]
-    ratio = (torch.tensor(float(length)) / (high - low).clamp(min=1))[:, None]
-    position = ratio * offset if mode == "nearest" else ratio * (offset + 0.5) - 0.5
+    size = (high - low).clamp(min=1)[:, None]
+    ratio = torch.full_like(size, length) / size
+    position = ratio * offset if mode == "nearest" else (ratio.double() * (offset + 0.5) - 0.5).float()
     position = position.clamp(0, length - 1)
     first = position.floor()
     return first.long(), (first + 1).clamp(max=length - 1).long(), position - first
@@ -78,7 +79,7 @@ def paste_resized(
     if is_channels_last(images): shrunk = shrunk.contiguous(memory_format=torch.channels_last)
     return blend_(shrunk.to(images.dtype), images, box_mask(box, *images.shape[-2:], images.device))
 
-# %% ../../nbs/mixers/30_resizemix.ipynb #198296d9
+# %% ../../nbs/mixers/30_resizemix.ipynb #60a41e12
 @dataclass
 class ResizeMix(Mixer):
     "The whole partner shrunk into a box (Qin et al., 2020); errors as `Mixer`, and `ValueError` for `scope` or `mode`"
@@ -97,7 +98,7 @@ class ResizeMix(Mixer):
 
     def sample(self, size, generator):
         least, most = self.scope
-        scale = least + (most - least) * torch.rand(size, generator=generator, dtype=torch.float64)
+        scale = least + (most - least) * torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
         if self.alpha is not None:
             drawn = sample_lam(self.alpha, size, generator)
             scale = torch.where((drawn < least) | (drawn > most), scale, drawn)
@@ -105,12 +106,12 @@ class ResizeMix(Mixer):
 
     def mix(self, images, partner, lam, *, model, generator):
         height, width = images.shape[-2:]
-        row, col = (torch.randint(length, lam.shape, generator=generator) for length in (height, width))
+        row, col = (torch.randint(side, lam.shape, generator=generator, device="cpu") for side in (height, width))
+        scale = (1 - lam).sqrt().round(decimals=12)  # 0.3 again, and not 0.29999999999999993
         if len(lam) == 1:
-            box = mixing_box(lam.item(), height, width, (row.item(), col.item()))
+            box = scaled_box(scale.item(), height, width, (row.item(), col.item()))
             mixed = paste(images, shrink(images, box, self.mode).index_select(0, partner), box)
         else:
-            box = mixing_box(lam, height, width, (row, col))
+            box = scaled_box(scale, height, width, (row, col))
             mixed = paste_resized(images, take_images(images, partner), box, self.mode)
-        share = torch.as_tensor(box_ratio(box, height, width)).view(-1)
-        return mixed, share, box_mask(box, height, width, images.device)
+        return mixed, box_share(box, height, width), box_mask(box, height, width, images.device)

@@ -1,0 +1,46 @@
+"The benchmark: every method runs and leaves its batch alone, ratios are those of a round, goals name what is measured"
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("bench", ROOT / "tools/bench.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+
+def test_every_method_and_step_runs_and_none_changes_the_batch_of_the_others():
+    images, target = bench.batch((4, 3, 16, 12))
+    kept, kept_target = images.clone(), target.clone()
+    for functions in (bench.methods(images, target), bench.parts(images, target)):
+        for name, function in functions.items():
+            function()
+            assert torch.equal(images, kept) and torch.equal(target, kept_target), name
+
+
+def test_goals_name_methods_that_are_measured():
+    names = set(bench.methods(*bench.batch((4, 3, 16, 12))))
+    assert {name for goal in bench.GOALS for name in goal[:2]} <= names
+    assert {kind.__name__ for kind in bench.OURS} | {kind.__name__ + " per sample" for kind in bench.OURS} <= names
+
+
+def test_a_ratio_is_the_median_of_ratios_within_rounds_and_methods_take_turns():
+    seconds = {"one": [1.0, 10.0, 3.0], "two": [2.0, 5.0, 3.0]}
+    assert bench.median_ratio(seconds, "one", "two") == 1.0 and bench.median_ratio(seconds, "two", "one") == 1.0
+    order = []
+    seconds = bench.measure({name: lambda name=name: order.append(name) for name in "abc"}, 2)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert "".join(order[-6:]) in ("abcbca", "bcacab", "cababc")
+
+
+def test_the_table_of_scaling_has_every_mixer_for_every_shape():
+    rows = bench.scaling([(2, 3, 8, 8), (3, 3, 8, 8)], 1)
+    assert [row["shape"][0] for row in rows] == [2, 3]
+    assert all(len(row["ms"]) == len(bench.OURS) + 1 and min(row["ms"].values()) > 0 for row in rows)
+
+
+def test_too_few_rounds_are_refused():
+    with pytest.raises(SystemExit, match="at least 15"): bench.main(rounds=3)
