@@ -1,5 +1,7 @@
 "The benchmark: every method runs and leaves its batch alone, ratios are those of a round, goals name what is measured"
 import importlib.util
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,21 @@ def test_a_ratio_is_the_median_of_ratios_within_rounds_and_methods_take_turns():
     seconds = {"one": [1.0, 10.0, 3.0], "two": [2.0, 5.0, 3.0]}
     assert bench.median_ratio(seconds, "one", "two") == 1.0 and bench.median_ratio(seconds, "two", "one") == 1.0
     order = []
-    seconds = bench.measure({name: lambda name=name: order.append(name) for name in "abc"}, 2)
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
-    assert "".join(order[-6:]) in ("abcbca", "bcacab", "cababc")
+    seconds = bench.measure({name: lambda name=name: order.append(name) for name in "abc"}, 6, turn=1e-9)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 6, "b": 6, "c": 6}
+    rounds = {"".join(order[len(order) - 18 + 3 * i:][:3]) for i in range(6)}
+    assert all(sorted(turns) == ["a", "b", "c"] for turns in rounds) and len(rounds) > 2
+
+
+def test_a_turn_calls_short_methods_more_often():
+    calls = {"short": 0, "long": 0}
+    def run(name, seconds):
+        calls[name] += 1
+        time.sleep(seconds)
+    functions = {name: partial(run, name, wait) for name, wait in (("short", 1e-4), ("long", 4e-3))}
+    seconds = bench.measure(functions, 2, 2e-3)
+    assert calls["long"] == 8 and calls["short"] > 10
+    assert min(seconds["long"]) >= 4e-3 and min(seconds["short"]) >= 1e-4
 
 
 def test_the_table_of_scaling_has_every_mixer_for_every_shape():

@@ -1,11 +1,14 @@
 """Time our mixers against torchvision's, timm's and fastai's in one run, all in turn: what `make bench` does
 
-A ratio is the median over all rounds of the two times measured in the same round, so that a busy moment hits both.
+A ratio is the median over all rounds of the two times measured in the same round, so that a busy moment hits both. In
+each round the methods take turns in a new order, and a turn lasts at least two milliseconds.
 Whoever mixes in place gets a fresh copy of the batch. Making the labels is included: torchvision and timm return soft
 labels, fastai and we return both labels.
 """
+import math
 import os
 import platform
+import random
 import statistics
 import time
 from functools import partial
@@ -20,6 +23,9 @@ from torchvision.transforms import v2
 
 from sumix_nb.mixers import CutMix, FMix, GridMix, MixUp, ResizeMix, SaliencyMix, SmoothMix
 from sumix_nb.mixers.core import blend_, box_mask, mixing_box, sample_lam, sample_partner, take_images
+from sumix_nb.mixers.gridmix import grid_lines
+from sumix_nb.mixers.resizemix import shrink
+from sumix_nb.mixers.saliencymix import fine_grained_saliency, to_uint8
 from sumix_nb.training import git_commit, write_record
 
 SIZES = ((100, 3, 32, 32), (32, 3, 224, 224))
@@ -64,27 +70,38 @@ def methods(images, target):
 
 
 def parts(images, target):
-    "The steps of our MixUp and CutMix as functions without arguments, and a plain copy of the batch"
+    "Steps of our mixers as functions without arguments, and a plain copy of the batch"
     (n, _, height, width), generator = images.shape, torch.Generator().manual_seed(0)
     partner, others = sample_partner(n, generator), images.clone()
     lam, row, col = torch.rand(n, dtype=torch.float64), torch.randint(height, (n,)), torch.randint(width, (n,))
     box = mixing_box(lam, height, width, (row, col))
+    half, place = torch.tensor([0.5], dtype=torch.float64), torch.rand(1, 2, dtype=torch.float64)
     mask = box_mask(box, height, width)
     return {"copy of the batch": images.clone, "draw N shares": lambda: sample_lam(1.0, n, generator),
             "N boxes": lambda: mixing_box(lam, height, width, (row, col)),
             "N masks": lambda: box_mask(box, height, width), "fetch partners": lambda: take_images(images, partner),
+            "shrink to half the sides": lambda: shrink(images, (0, height // 2, 0, width // 2), "nearest"),
+            "one grid": lambda: grid_lines(half, height, width, torch.tensor([4]), half, half, place),
+            "one saliency map": lambda: fine_grained_saliency(to_uint8(images[:1])),
             "blend, one weight per image": lambda: blend_(others, images, mask[..., :1, :1]),
             "blend, one weight per pixel": lambda: blend_(others, images, mask)}
 
 
-def measure(functions, rounds):
-    "Seconds of each function in each round; in each round all take their turn, starting with another one"
-    names, seconds = list(functions), {name: [] for name in functions}
-    for turn in range(-3, rounds):  # the first three only warm up
-        for name in (*names[turn % len(names):], *names[:turn % len(names)]):
-            start = time.perf_counter()
-            functions[name]()
-            if turn >= 0: seconds[name].append(time.perf_counter() - start)
+def seconds_of(function, calls):
+    "Mean seconds of one of some calls in a row"
+    start = time.perf_counter()
+    for _ in range(calls): function()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(functions, rounds, turn=2e-3):
+    "Seconds of each function in each round: all take their turn in a new order, each for as many calls as fill `turn`"
+    order, seconds = random.Random(0), {name: [] for name in functions}
+    for function in functions.values(): seconds_of(function, 3)  # warms up
+    calls = {name: math.ceil(turn / seconds_of(function, 3)) for name, function in functions.items()}
+    for _ in range(rounds):
+        for name in order.sample(list(functions), len(functions)):
+            seconds[name].append(seconds_of(functions[name], calls[name]))
     return seconds
 
 
