@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 import sumix_nb.mixers
 from sumix_nb.mixers import (CutMix, FMix, GridMix, Mixed, MixUp, OneOf, ResizeMix, SaliencyMix, SmoothMix)
 from sumix_nb.mixers.choosing import join, tell_statistics, unmixed
-from sumix_nb.mixers.core import (between, blend_, box_mask, is_channels_last, mixing_box, outer_mask, paste,
+from sumix_nb.mixers.core import (between, blend_, box_mask, is_channels_last, mixing_box, outer_mask,
                                   scaled_box, take_images)
 from sumix_nb.mixers.fmix import binarise, check_noise, damping, low_frequency_image
 from sumix_nb.mixers.gridmix import bell, check_range, grid_lines, outer_share, uniform
-from sumix_nb.mixers.resizemix import RESIZE_MODES, paste_resized, pick, shrink, source_lines
+from sumix_nb.mixers.resizemix import RESIZE_MODES, paste, paste_resized, pick, shrink, source_lines
 from sumix_nb.mixers.saliencymix import (SALIENCY, WINDOWS, blur, center_surround, fine_grained_saliency, grey_levels,
                                          most_salient, reflected, spectral_saliency, to_255, to_uint8, windows)
 from sumix_nb.pictures import example_batch, show_images

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'sample_lam', 'sample_partner', 'Mixed', 'check_batch', 'check_generator', 'Mixer',
            'is_channels_last', 'take_images', 'blend_', 'MixUp', 'scaled_box', 'mixing_box', 'box_ratio', 'box_share',
-           'outer_mask', 'between', 'box_mask', 'paste', 'cut_and_paste', 'CutMix']
+           'outer_mask', 'between', 'box_mask', 'cut_and_paste', 'CutMix']
 
 # %% ../../nbs/mixers/10_core.ipynb #51f92597
 import math
@@ -268,15 +268,15 @@ def outer_mask(
     "Weight of the first image where the partner shows through row and column: `1 - rows * cols`"
     return 1 - rows[:, None, :, None] * cols[:, None, None]
 
-# %% ../../nbs/mixers/10_core.ipynb #94e66c2f
+# %% ../../nbs/mixers/10_core.ipynb #fa8a8f4a
 def between(
-    low:Tensor, # (N,) int64 first index inside
-    high:Tensor, # (N,) int64 first index outside
+    low:Tensor, # (...) int64 first index inside
+    high:Tensor, # (...) int64 first index outside
     length:int, # Number of indices
-)->Tensor: # (N, length) float32: 1 inside, 0 outside
+)->Tensor: # (..., length) float32: 1 inside, 0 outside
     "Which indices lie in `[low, high)`"
     index = torch.arange(length, device=low.device)
-    return ((index >= low[:, None]) & (index < high[:, None])).float()
+    return ((index >= low[..., None]) & (index < high[..., None])).float()
 
 # %% ../../nbs/mixers/10_core.ipynb #bdd94637
 def box_mask(
@@ -291,20 +291,9 @@ def box_mask(
         mask = torch.ones(1, 1, height, width, device=device)
         mask[..., top:bottom, left:right] = 0
         return mask
-    rows, cols = between(top, bottom, height), between(left, right, width)
-    return outer_mask(*(part.to(device, non_blocking=True) for part in (rows, cols)))
-
-# %% ../../nbs/mixers/10_core.ipynb #fa502cf4
-def paste(
-    images:Tensor, # (N, C, H, W); never written to
-    patches:Tensor, # (N, C, bottom - top, right - left)
-    box:tuple, # (top, bottom, left, right): integers
-)->Tensor: # (N, C, H, W)
-    "The images with `patches` inside `box`"
-    top, bottom, left, right = box
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = patches
-    return mixed
+    inside = between(torch.stack([top, left]), torch.stack([bottom, right]), max(height, width))
+    inside = inside.to(device, non_blocking=True)
+    return outer_mask(inside[0, :, :height], inside[1, :, :width])
 
 # %% ../../nbs/mixers/10_core.ipynb #cd863da6
 def cut_and_paste(
@@ -314,9 +303,7 @@ def cut_and_paste(
 )->tuple[Tensor, Tensor]: # Mixed images, and the (1|N, 1, H, W) mask
     "The images with the pixels of their partners inside `box` (CutMix, Eq. 1)"
     mask = box_mask(box, *images.shape[-2:], device=images.device)
-    if isinstance(box[0], Tensor): return blend_(take_images(images, partner), images, mask), mask
-    top, bottom, left, right = box
-    return paste(images, images[..., top:bottom, left:right].index_select(0, partner), box), mask
+    return blend_(take_images(images, partner), images, mask), mask
 
 # %% ../../nbs/mixers/10_core.ipynb #557eb8b0
 class CutMix(Mixer):

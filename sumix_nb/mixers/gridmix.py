@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['outer_share', 'grid_lines', 'check_range', 'uniform', 'GridMix', 'bell', 'SmoothMix']
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #c5efe558
+# %% ../../nbs/mixers/50_gridmix.ipynb #210f24c2
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import Mixer, blend_, check_number, check_whole, outer_mask, take_images
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #5b65d715
+# %% ../../nbs/mixers/50_gridmix.ipynb #f24265d3
 def outer_share(
     rows:Tensor, # (N, H) how much of the partner each row lets through, in [0, 1]
     cols:Tensor, # (N, W) the same for each column
@@ -22,7 +22,7 @@ def outer_share(
     "Share of the first image under the mask that `outer_mask` makes of the same"
     return 1 - rows.mean(1, dtype=torch.float64) * cols.mean(1, dtype=torch.float64)
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #4e619169
+# %% ../../nbs/mixers/50_gridmix.ipynb #90040e24
 def grid_lines(
     lam:Tensor, # (N,) wanted share of the first image inside the rectangle, in [0, 1]
     height:int, # Image height H, pixels
@@ -34,7 +34,8 @@ def grid_lines(
     hole_aspect:float=1.0, # Height by width of a cell
 )->tuple[Tensor, Tensor]: # (N, H) and (N, W) float32: 1 where a row and a column run through holes, else 0
     "Rows and columns of the holes, as OpenMixup rounds them; `ValueError` for a `lam` or `columns` out of range"
-    if not 0 <= lam.min().item() <= lam.max().item() <= 1: raise ValueError(f"`lam` must be in [0, 1], got {lam}")
+    least, most = (end.item() for end in lam.aminmax())
+    if not 0 <= least <= most <= 1: raise ValueError(f"`lam` must be in [0, 1], got {lam}")
     if columns.min().item() < 1: raise ValueError(f"`columns` must be at least 1, got {columns}")
     aspect = aspect.double() * height / width
     cut_width = ((height * width * area.double()).floor() / aspect).sqrt().floor()
@@ -44,14 +45,12 @@ def grid_lines(
     cell = torch.stack([(cell_width * hole_aspect).floor(), cell_width])
     hole = (cell * (1 - lam.double()).sqrt()).floor().clamp_(min=1).minimum(cell - 1)
     start, cell = ((sides - cut) * place.double().T.flip(0)).floor(), cell.clamp(min=1)
-    lines = []
-    for axis, side in enumerate((height, width)):
-        offset = torch.arange(side, device="cpu") - start[axis][:, None]
-        inside = (offset >= 0) & (offset < cut[axis][:, None])
-        lines.append((inside & (offset.remainder(cell[axis][:, None]) < hole[axis][:, None])).float())
-    return tuple(lines)
+    offset = torch.arange(max(height, width), device="cpu") - start[..., None]
+    in_hole = offset.remainder(cell[..., None]) < hole[..., None]
+    lines = (in_hole & (offset >= 0) & (offset < cut[..., None])).float()
+    return lines[0, :, :height], lines[1, :, :width]
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #789af4bf
+# %% ../../nbs/mixers/50_gridmix.ipynb #e3266a08
 def check_range(
     name:str, # The argument's name
     values:tuple, # Least and most
@@ -64,7 +63,7 @@ def check_range(
     for value in values: check_number(name, value, least, most)
     if values[0] > values[1]: raise ValueError(f"`{name}` must be in order, got {values}")
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #dd3e09d8
+# %% ../../nbs/mixers/50_gridmix.ipynb #1be224fb
 def uniform(
     values:tuple, # Least and most
     size:int, # How many to draw
@@ -74,7 +73,7 @@ def uniform(
     shares = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
     return values[0] + (values[1] - values[0]) * shares
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #0e3463be
+# %% ../../nbs/mixers/50_gridmix.ipynb #24499471
 @dataclass
 class GridMix(Mixer):
     "The partner through a grid of holes (after Baek et al., 2021); errors as `Mixer`, and for ranges out of order"
@@ -100,7 +99,7 @@ class GridMix(Mixer):
         mask = outer_mask(*(part.to(images.device, non_blocking=True) for part in (rows, cols)))
         return blend_(take_images(images, partner), images, mask), outer_share(rows, cols), mask
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #86748791
+# %% ../../nbs/mixers/50_gridmix.ipynb #3660f87b
 def bell(
     side:int, # H or W, pixels
     center:Tensor, # (N,) middle of the bell, pixels
@@ -110,7 +109,7 @@ def bell(
     offset = (torch.arange(side, dtype=torch.float64, device="cpu") - center[:, None]) / deviation[:, None]
     return torch.exp(-offset.square() / 2).float()
 
-# %% ../../nbs/mixers/50_gridmix.ipynb #982e9e84
+# %% ../../nbs/mixers/50_gridmix.ipynb #9e545c97
 @dataclass
 class SmoothMix(Mixer):
     "The partner through a soft round spot (Lee et al., 2020), `alpha` without effect; errors as `Mixer`"

@@ -74,14 +74,14 @@ def windows(
     count = (rows[:, :, None] * cols[:, None] - 1).clamp(min=1)
     return torch.stack(ends[0], 1).flatten(), torch.cat(ends[1], 1), count
 
-# %% ../../nbs/mixers/40_saliencymix.ipynb #db842906
+# %% ../../nbs/mixers/40_saliencymix.ipynb #d9049fb8
 def to_255(
-    values:Tensor, # (N, H, W) whole numbers, at least 0
-)->Tensor: # (N, H, W)
+    values:Tensor, # (..., H, W) whole numbers, at least 0
+)->Tensor: # (..., H, W)
     "Each map scaled so that its maximum is 255, rounded down; a map of zeros stays one"
-    return (255 * values / values.amax((1, 2), keepdim=True).clamp(min=1)).floor()
+    return (255 * values / values.amax((-2, -1), keepdim=True).clamp(min=1)).floor()
 
-# %% ../../nbs/mixers/40_saliencymix.ipynb #79b12201
+# %% ../../nbs/mixers/40_saliencymix.ipynb #ada09796
 def center_surround(
     grey:Tensor, # (N, H, W) int32, 0 to 255
 )->tuple[Tensor, Tensor]: # Two times (N, H, W), whole numbers from 0 to 255
@@ -94,7 +94,7 @@ def center_surround(
     grey = grey[:, None]
     contrast = (grey - (reach[..., :width] - reach[..., width:] - grey) / count).trunc_()
     total, size = contrast.sum(1), contrast.abs_().sum(1)
-    return to_255((size + total) / 2), to_255((size - total) / 2)
+    return to_255(torch.stack([size + total, size - total])).unbind()
 
 # %% ../../nbs/mixers/40_saliencymix.ipynb #77f0d6e1
 def fine_grained_saliency(
@@ -151,7 +151,7 @@ def to_uint8(
 # %% ../../nbs/mixers/40_saliencymix.ipynb #5a6e8791
 SALIENCY = {"finegrained": fine_grained_saliency, "spectral": spectral_saliency, "random": None}
 
-# %% ../../nbs/mixers/40_saliencymix.ipynb #3c225a7c
+# %% ../../nbs/mixers/40_saliencymix.ipynb #d56fcfdb
 @dataclass
 class SaliencyMix(Mixer):
     "A box around the partner's most salient pixel (Uddin et al., 2021); errors as `Mixer`, and for unknown options"
@@ -181,7 +181,8 @@ class SaliencyMix(Mixer):
         else:
             sources = images.index_select(0, partner[:len(lam)])
             center = most_salient(SALIENCY[self.saliency](to_uint8(sources, self.mean, self.std)))
+        if len(lam) == 1 and images.device.type == "cpu":  # where looking costs nothing
+            lam, center = lam.item(), tuple(map(int, center))
         box = mixing_box(lam, height, width, center)
-        if len(lam) == 1 and images.device.type == "cpu": box = tuple(map(int, box))  # looking costs nothing there
         mixed, mask = cut_and_paste(images, partner, box)
         return mixed, box_share(box, height, width), mask
