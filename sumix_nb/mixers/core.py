@@ -170,14 +170,14 @@ class Mixer:
         "What a mixer has to define"
         raise NotImplementedError(f"{type(self).__name__} must define `mix`")
 
-# %% ../../nbs/mixers/10_core.ipynb #ab7ebd10
+# %% ../../nbs/mixers/10_core.ipynb #ea7bdb12
 def is_channels_last(
     images:Tensor, # (N, C, H, W)
 )->bool:
     "Are the channels of a pixel neighbours in memory, and its columns not?"
     return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/mixers/10_core.ipynb #2ecf6acb
+# %% ../../nbs/mixers/10_core.ipynb #a097097d
 def take_images(
     images:Tensor, # (N, C, H, W)
     index:Tensor, # (M,) int64 on the device of the images
@@ -186,7 +186,7 @@ def take_images(
     if not is_channels_last(images): return images.index_select(0, index)
     return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
-# %% ../../nbs/mixers/10_core.ipynb #ec4d9b6d
+# %% ../../nbs/mixers/10_core.ipynb #46043ad0
 def blend_(
     others:Tensor, # (N, C, H, W) written to: must be one's own, such as what `take_images` returned
     images:Tensor, # (N, C, H, W) finite images
@@ -205,7 +205,7 @@ class MixUp(Mixer):
         weight = lam.float().to(images.device, images.dtype, non_blocking=True)
         return blend_(take_images(images, partner), images, weight.view(-1, 1, 1, 1)), weight, None
 
-# %% ../../nbs/mixers/10_core.ipynb #86c5ca3e
+# %% ../../nbs/mixers/10_core.ipynb #b33fcadb
 def scaled_box(
     scale:float|Tensor, # Side of the box as a share of the image's, in [0, 1]: a number, or (N,) for one per sample
     height:int, # Image height H, pixels
@@ -250,7 +250,7 @@ def box_ratio(
     top, bottom, left, right = box
     return 1 - (bottom - top) * (right - left) / (height * width)
 
-# %% ../../nbs/mixers/10_core.ipynb #448e4480
+# %% ../../nbs/mixers/10_core.ipynb #07371072
 def box_share(
     box:tuple, # (top, bottom, left, right): integers, or (N,) tensors
     height:int, # Image height H, pixels
@@ -260,7 +260,7 @@ def box_share(
     ratio = box_ratio(box, height, width)
     return ratio if isinstance(ratio, Tensor) else torch.tensor([ratio], dtype=torch.float32, device="cpu")
 
-# %% ../../nbs/mixers/10_core.ipynb #158fe1e5
+# %% ../../nbs/mixers/10_core.ipynb #1c1ed3ee
 def outer_mask(
     rows:Tensor, # (N, H) how much of the partner each row lets through, in [0, 1]
     cols:Tensor, # (N, W) the same for each column
@@ -268,7 +268,7 @@ def outer_mask(
     "Weight of the first image where the partner shows through row and column: `1 - rows * cols`"
     return 1 - rows[:, None, :, None] * cols[:, None, None]
 
-# %% ../../nbs/mixers/10_core.ipynb #fa8a8f4a
+# %% ../../nbs/mixers/10_core.ipynb #5585bf36
 def between(
     low:Tensor, # (...) int64 first index inside
     high:Tensor, # (...) int64 first index outside
