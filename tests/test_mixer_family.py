@@ -3,6 +3,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -344,6 +345,19 @@ def test_binarise_ignores_ties_and_gives_exactly_n_pixels():
     assert binarise(torch.ones(2, 4, 4), 0.3, round_up=False).sum((1, 2, 3)).tolist() == [4, 4]
 
 
+@pytest.mark.parametrize("sides", [(8, 8), (7, 10), (12, 5), (1, 6), (6, 1)])
+@pytest.mark.parametrize("decay", [0.0, 1.5, 3.0])
+def test_low_frequency_images_are_those_of_numpys_transform(sides, decay):
+    height, width = sides
+    noise = torch.randn(2, height, width // 2 + 1, 2, generator=seeded(), dtype=torch.float64)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    spectrum = (noise[..., 0].numpy() + 1j * noise[..., 1].numpy()) / np.maximum(frequency, 1 / max(sides)) ** decay
+    image = np.fft.irfft2(spectrum, s=sides)
+    low, high = image.min((1, 2), keepdims=True), image.max((1, 2), keepdims=True)
+    expected = (image - low) / (high - low)
+    np.testing.assert_allclose(low_frequency_image(noise, *sides, decay).numpy(), expected, atol=1e-12)
+
+
 def test_low_frequency_images_are_smoother_the_larger_the_decay():
     noise = torch.randn(50, 32, 17, 2, generator=seeded())
     steps = [low_frequency_image(noise, 32, 32, decay).diff(dim=1).abs().mean().item() for decay in (0, 1, 2, 3)]
@@ -448,6 +462,16 @@ def test_the_parts_of_the_detector_by_hand():
     assert [int(part) for part in most_salient(torch.tensor([[[1, 3], [3, 2]]]))] == [0, 1]
 
 
+def test_maps_wrap_above_255_as_opencvs_cast_does():
+    "A spot that is bright against its near surroundings and dark against the far ones"
+    image = torch.full((1, 3, 240, 240), 255, dtype=torch.uint8)
+    image[..., 96:144, 96:144] = 0
+    image[..., 114:126, 114:126] = 225
+    on, off = center_surround(blur(blur(grey_levels(image))))
+    wrapped = on + off > 255
+    assert wrapped.any() and torch.equal(fine_grained_saliency(image)[wrapped].int(), (on + off - 256)[wrapped].int())
+
+
 def test_to_uint8_undoes_the_normalisation_or_stretches():
     images = torch.rand(3, 3, 5, 4, generator=seeded())
     mean, std = (0.1, 0.5, 0.9), (0.3, 0.2, 0.1)
@@ -480,6 +504,24 @@ def test_the_rectangle_of_a_grid_never_leaves_the_image_and_its_share_is_the_mas
         assert set(rows.unique().tolist()) <= {0.0, 1.0} and set(cols.unique().tolist()) <= {0.0, 1.0}
         counted = outer_mask(rows, cols).double().mean((1, 2, 3))
         torch.testing.assert_close(outer_share(rows, cols), counted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("aspect", [0.5, 2.0])
+def test_a_rectangle_too_large_is_cut_to_the_image_and_its_first_hole_starts_at_the_border(place, aspect):
+    one = torch.ones(1, dtype=torch.float64)
+    rows, cols = grid_lines(0.5 * one, 32, 32, 4 * one, one, aspect * one, torch.full((1, 2), place))
+    cut, free, (hole, cell) = (cols, rows, (5, 8)) if aspect < 1 else (rows, cols, (4, 6))
+    assert cut[0].tolist() == [float(i % cell < hole) for i in range(32)]
+    assert free[0].nonzero()[0].item() == int((32 - 22) * place)
+
+
+def test_the_middle_of_a_spot_lies_between_two_pixels_and_anywhere():
+    mixer = SmoothMix(per_sample=True, deviation=(0.1, 0.1))
+    mask = mixer(torch.zeros(400, 1, 20, 30), torch.zeros(400), generator=seeded()).mask[:, 0]
+    nearest = math.exp(-0.5**2 / (2 * 2**2) - 0.5**2 / (2 * 3**2))
+    torch.testing.assert_close(mask.amin((1, 2)), torch.full((400,), 1 - nearest), rtol=0, atol=1e-6)
+    assert len(mask.amin(2).argmin(1).unique()) > 15 and len(mask.amin(1).argmin(1).unique()) > 25
 
 
 def test_bells_and_uniform_draws_by_hand():

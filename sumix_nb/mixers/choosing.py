@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unmixed', 'join', 'OneOf', 'tell_statistics']
 
-# %% ../../nbs/mixers/90_choosing.ipynb #7206d6ba
+# %% ../../nbs/mixers/90_choosing.ipynb #87259833
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import Mixed, check_batch, check_generator, check_number, take_images
 
-# %% ../../nbs/mixers/90_choosing.ipynb #c5b0feb5
+# %% ../../nbs/mixers/90_choosing.ipynb #3049bdcf
 def unmixed(
     images:Tensor, # (N, C, H, W)
     target:Tensor, # (N, ...) their targets
@@ -24,7 +24,7 @@ def unmixed(
     lam, mask = (torch.ones(shape, device=images.device) for shape in ((n,), (1, 1, *images.shape[-2:])))
     return Mixed(images.clone(), target, target.clone(), lam, torch.arange(n, device=images.device), mask)
 
-# %% ../../nbs/mixers/90_choosing.ipynb #42ed0910
+# %% ../../nbs/mixers/90_choosing.ipynb #37ce982e
 def join(
     parts:list[Mixed], # Mixtures of parts of one batch
     rows:list[Tensor], # For each its rows of the batch, int64 on the CPU
@@ -40,7 +40,7 @@ def join(
     images = take_images(torch.cat([part.images for part in parts]), order)
     return Mixed(images, target, target[partner], lam, partner, torch.cat(masks)[order])
 
-# %% ../../nbs/mixers/90_choosing.ipynb #f449a6e1
+# %% ../../nbs/mixers/90_choosing.ipynb #7c5d829d
 @dataclass
 class OneOf:
     "Another mixer for each batch, or for each sample; `TypeError` or `ValueError` for what cannot be chosen from"
@@ -70,7 +70,6 @@ class OneOf:
         count = len(self.mixers)
         chances = [1 / count] * count if self.p is None else self.p
         edges = torch.tensor(chances, dtype=torch.float64, device="cpu").cumsum(0)
-        if edges[-1] > 1 - 1e-6: edges[-1] = 1  # probabilities such as 0.1 add up to almost 1
         rolls = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
         return torch.bucketize(rolls, edges, right=True)
 
@@ -101,7 +100,7 @@ class OneOf:
         "The same choice for images normalised with `mean` and `std`"
         return replace(self, mixers=[tell_statistics(mixer, mean, std) for mixer in self.mixers])
 
-# %% ../../nbs/mixers/90_choosing.ipynb #c0f64b66
+# %% ../../nbs/mixers/90_choosing.ipynb #394af566
 def tell_statistics(
     mixer:Callable, # Any mixer
     mean:tuple, # Means that the channels of its images are normalised with
