@@ -135,6 +135,14 @@ CASES = [
      r"`noise` must be floating point of the shape \('N', 6, 4, 2\), got \(1, 6, 6, 2\)"),
     *[(f"mixers: binarise lam {lam}", partial(binarise, torch.zeros(1, 2, 2), lam), ValueError, r"`lam` must be in")
       for lam in (-0.1, 1.1, NAN)],
+    ("mixers: binarise an image without batch", lambda: binarise(torch.zeros(4, 4), 0.5), ValueError,
+     r"`image` must have the shape \(N, H, W\), got \(4, 4\)"),
+    ("mixers: binarise, too many shares", lambda: binarise(torch.zeros(3, 2, 2), torch.ones(2)), ValueError,
+     r"`lam` must be 1 or 3 values, got 2"),
+    ("mixers: paste partners of another size", lambda: paste_resized(IMAGES, IMAGES[..., :3], (0, 1, 0, 1)), ValueError,
+     r"`partner_images` must have the shape of `images`, \(4, 3, 6, 6\), got \(4, 3, 6, 3\)"),
+    ("mixers: means for too many channels", lambda: SaliencyMix(mean=(0,) * 3, std=(1,) * 3)(IMAGES[:, :1], TARGET),
+     ValueError, r"`mean` and `std` must have 1 or 1 values each"),
     *[(f"mixers: resizemix scope {scope}", partial(ResizeMix, scope=scope), (TypeError, ValueError), r"`scope` must")
       for scope in ((0.8, 0.1), (0.1,), 0.5, (-0.1, 0.5), (0.1, 1.2), ("a", "b"))],
     ("mixers: resizemix alpha", lambda: ResizeMix(alpha=0), ValueError, r"`alpha` must be at least 0\.01"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_noise', 'damping', 'low_frequency_image', 'binarise', 'FMix']
 
-# %% ../../nbs/mixers/20_fmix.ipynb #7c00d203
+# %% ../../nbs/mixers/20_fmix.ipynb #fea5d737
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import Mixer, blend_, check_number, take_images
 
-# %% ../../nbs/mixers/20_fmix.ipynb #a273d63d
+# %% ../../nbs/mixers/20_fmix.ipynb #9bfc7887
 def check_noise(
     noise:Tensor, # Noise handed to `low_frequency_image`
     shape:tuple, # (H, columns, 2), what it must have after its first dimension
@@ -24,7 +24,7 @@ def check_noise(
     if noise.shape[1:] != shape or not noise.is_floating_point():
         raise ValueError(f"`noise` must be floating point of the shape {('N', *shape)}, got {tuple(noise.shape)}")
 
-# %% ../../nbs/mixers/20_fmix.ipynb #4eef2df1
+# %% ../../nbs/mixers/20_fmix.ipynb #6036beda
 @lru_cache(maxsize=16)
 def damping(
     height:int, # Image height H, pixels
@@ -39,7 +39,7 @@ def damping(
     frequency = torch.hypot(rows[:, None], cols[:columns])
     return (frequency * max(height, width)).clamp(min=1)[..., None] ** decay
 
-# %% ../../nbs/mixers/20_fmix.ipynb #1f97362a
+# %% ../../nbs/mixers/20_fmix.ipynb #2240ede4
 def low_frequency_image(
     noise:Tensor, # (N, H, W//2 + 1, 2) Gaussian, real and imaginary parts; with `quirk` and odd W, W//2 + 2 columns
     height:int, # Image height H, pixels
@@ -57,7 +57,7 @@ def low_frequency_image(
     clouds = clouds - clouds.amin((1, 2), keepdim=True)
     return clouds / clouds.amax((1, 2), keepdim=True).clamp(min=torch.finfo(noise.dtype).tiny)
 
-# %% ../../nbs/mixers/20_fmix.ipynb #776a3f6d
+# %% ../../nbs/mixers/20_fmix.ipynb #b198c3f5
 def binarise(
     image:Tensor, # (N, H, W) any image, of which the order of the values counts
     lam:float|Tensor, # Share of pixels that get weight 1, in [0, 1]: a number, or (N,) on the CPU
@@ -66,6 +66,7 @@ def binarise(
 )->Tensor: # (N, 1, H, W) weights in [0, 1], of the type of the image
     "Weight 1 for the share `lam` of largest pixels (Harris et al., 2020); `ValueError` for what is out of range"
     check_number("max_soft", max_soft, 0, 0.5)
+    if image.ndim != 3: raise ValueError(f"`image` must have the shape (N, H, W), got {tuple(image.shape)}")
     n, pixels = len(image), image[0].numel()
     lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
     round_up = torch.as_tensor(round_up, device="cpu")
@@ -85,7 +86,7 @@ def binarise(
     weight = weight.to(image.device, image.dtype, non_blocking=True)
     return torch.zeros_like(values).scatter_(1, largest, weight).view(n, 1, *image.shape[1:])
 
-# %% ../../nbs/mixers/20_fmix.ipynb #53c567c5
+# %% ../../nbs/mixers/20_fmix.ipynb #60be25b1
 @dataclass
 class FMix(Mixer):
     "Two images in the shapes of low-frequency noise (Harris et al., 2020); errors as `Mixer`"
