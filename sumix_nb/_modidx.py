@@ -175,6 +175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sumix_nb/mixers/gridmix.py'),
                                          'sumix_nb.mixers.gridmix.grid_lines': ( 'mixers/gridmix.html#grid_lines',
                                                                                  'sumix_nb/mixers/gridmix.py'),
+                                         'sumix_nb.mixers.gridmix.mix_lines': ( 'mixers/gridmix.html#mix_lines',
+                                                                                'sumix_nb/mixers/gridmix.py'),
                                          'sumix_nb.mixers.gridmix.outer_share': ( 'mixers/gridmix.html#outer_share',
                                                                                   'sumix_nb/mixers/gridmix.py'),
                                          'sumix_nb.mixers.gridmix.uniform': ('mixers/gridmix.html#uniform', 'sumix_nb/mixers/gridmix.py')},
