@@ -212,6 +212,7 @@ class SUMix(Mix):
         update_bn:bool=True, # May the clean pass update BatchNorm's running statistics?
         hidden:tuple=(), # Hidden layers of the uncertainty head
         z:str="logits", # What distances are measured between: "logits" or "features"
+        relabel:bool=True, # Are the mixed images labelled by lambda~? If not, by lambda, and the regulariser is added
         layer=None, # The classifier or its name, where it is not the last linear layer
         seed:int|None=None, # As for `Mix`
         keep:int=1000, # As for `Mix`
@@ -227,6 +228,7 @@ class SUMix(Mix):
         if clean == "concat" and not update_bn:
             raise ValueError('`update_bn` must be True for clean="concat", where BatchNorm sees both halves at once')
         self.xi, self.variant, self.clean, self.update_bn, self.z = xi, variant, clean, update_bn, z
+        self.relabel = relabel
         self.hidden, self.chosen_layer = tuple(hidden), layer
         self.uncertainty_head, self.classifier_layer, self.tap, self.head_hook = None, None, None, None
         self.clean_images, self.passes, self.terms, self.newly_attached = None, None, None, False
@@ -326,7 +328,7 @@ def compute_loss(self:SUMix,
     self.passes = None
     heads = [self.uncertainty_head(part) for part in (features, clean_features)]
     terms = sumix_loss(logits, clean_logits, *heads, self.mixed, xi=self.xi, variant=self.variant,
-                       loss_func=self.learn.loss_func,
+                       loss_func=self.learn.loss_func, relabel=self.relabel,
                        encodings=(features, clean_features) if self.z == "features" else None)
     self.terms = SUMixTerms(*(term.detach() for term in terms))
     self.remember(self.terms.ratio)

@@ -126,7 +126,7 @@ class SUMixTerms(NamedTuple):
     "The loss of SUMix and its parts"
     loss:Tensor # 0-d: mixed_ce + xi * regulariser
     ratio:Tensor # (N,) lambda~, without gradient
-    mixed_ce:Tensor # 0-d: mixed cross-entropy with lambda~
+    mixed_ce:Tensor # 0-d: mixed cross-entropy with lambda~ (with lambda if not `relabel`)
     regulariser:Tensor # 0-d: not yet multiplied by xi
 
 # %% ../nbs/sumix/30_loss.ipynb #6fbdd016
@@ -141,6 +141,7 @@ def sumix_loss(
     variant:str="poster", # "poster", "released" or "corrected"
     loss_func:Callable=F.cross_entropy, # Loss to mix; its class weights, smoothing and reduction are kept
     encodings:tuple|None=None, # (mixed, clean) encodings to measure distances between; the class logits by default
+    relabel:bool=True, # Are the mixed images labelled by lambda~? If not, by lambda, and only the regulariser is new
 )->SUMixTerms:
     "The loss of SUMix (poster); `ValueError` for wrong shapes, soft labels, `xi` below 0 or an unknown `variant`"
     check_variant(variant)
@@ -157,7 +158,7 @@ def sumix_loss(
     z_mixed, z = (encoding.detach() for encoding in encodings or (logits_mixed, logits))
     targets = {"target_a": mixed.target_a, "target_b": mixed.target_b}
     ratio = mix_ratio(z_mixed, z, z[mixed.partner], mixed.lam, variant=variant, **targets)
-    share = ratio.mean() if variant == "released" else ratio
+    share = mixed.lam if not relabel else ratio.mean() if variant == "released" else ratio
     mixed_ce = mixed_loss(loss_func, logits_mixed, logits_mixed, **targets, lam=share)
     if variant == "released": su_a, su_b = released_su_logits(logits_mixed, logits, head_mixed, head, mixed)
     else:

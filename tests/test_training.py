@@ -11,7 +11,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from sumix_nb import training
-from sumix_nb.training import Autocast, Recipe, load_records, make_learner, sumix_train, train, write_record
+from sumix_nb.training import METHODS, Autocast, Recipe, load_records, make_learner, sumix_train, train, write_record
 from tests.conftest import ROOT
 
 TINY = Recipe(width=4, epochs=1, bs=50, limit=200, lr=0.02)
@@ -38,7 +38,7 @@ def test_the_name_of_a_recipe_depends_on_every_field():
     changed = {name: not value if isinstance(value, bool) else others[type(value)]
                for name, value in asdict(base).items()}
     changed |= {"mixer": "mixup", "method": "sumix", "variant": "released", "clean": "concat", "precision": "bf16",
-                "data": "cifar10", "stem": "standard"}
+                "data": "cifar10", "stem": "standard", "z": "features"}
     changed.pop("model")  # there is only one so far
     names = {replace(base, **{name: value}).name for name, value in changed.items()}
     assert len(names | {base.name}) == len(changed) + 1
@@ -53,18 +53,39 @@ class Batches(Callback):
         self.seen.append((mix.mixed.images.clone(), mix.mixed.lam.clone(), self.learn.y.clone()))
 
 
-def test_both_methods_see_the_same_batches_and_mixtures_from_the_same_weights():
+def test_all_methods_see_the_same_batches_and_mixtures_from_the_same_weights():
     seen, weights = {}, {}
-    for method in ("mce", "sumix"):
+    for method in METHODS:
         learn = make_learner(replace(TINY, mixer="cutmix", method=method))
         weights[method] = [p.clone() for name, p in learn.model.named_parameters() if "uncertainty" not in name]
         learn.add_cb(Batches())
         train(replace(TINY, mixer="cutmix", method=method), progress=False, learn=learn)
         seen[method] = learn.batches.seen
-    assert all(torch.equal(a, b) for a, b in zip(weights["mce"], weights["sumix"], strict=True))
     assert len(seen["mce"]) == 4
-    for first, second in zip(seen["mce"], seen["sumix"], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for method in METHODS[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights["mce"], weights[method], strict=True))
+        for first, second in zip(seen["mce"], seen[method], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_records_are_still_found_under_the_names_of_their_recipes():
+    records = load_records(ROOT / "results")
+    assert len(records) > 20
+    for record in records: assert Recipe(**record["recipe"]).name == record["name"]
+
+
+def test_the_controls_pass_the_clean_batch_and_learn_from_it_only_if_told():
+    trained = {}
+    for method in ("mce", "mce_bn", "mce_clean"):
+        recipe = replace(TINY, mixer="cutmix", method=method)
+        learn = make_learner(recipe)
+        train(recipe, progress=False, learn=learn)
+        trained[method] = learn.model
+    weights = {method: dict(model.named_parameters()) for method, model in trained.items()}
+    statistics = {method: model.bn1.running_mean for method, model in trained.items()}
+    for name, weight in weights["mce"].items():
+        assert torch.equal(weight, weights["mce_bn"][name]) and not torch.equal(weight, weights["mce_clean"][name])
+    assert not torch.equal(statistics["mce"], statistics["mce_bn"])
 
 
 @pytest.mark.parametrize("variant", ["poster", "released", "corrected"])
