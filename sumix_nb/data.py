@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'IMAGE_TYPES', 'reflect_index', 'crop_flip', 'sample_crop_flip', 'RandomCropFlip', 'DataSource',
            'list_images', 'download', 'find_root', 'read_image', 'decode_images', 'rank_in_class', 'read_digits',
-           'read_folders', 'ImageSet', 'TensorDL', 'TensorDataLoaders', 'hold_out', 'balanced_subset', 'get_dls']
+           'read_scenes', 'read_folders', 'ImageSet', 'TensorDL', 'TensorDataLoaders', 'hold_out', 'balanced_subset',
+           'get_dls']
 
 # %% ../nbs/10_data.ipynb #a70e94e4
 import difflib
@@ -33,6 +34,8 @@ from fastcore.basics import chunked
 from fasttransform import DisplayedTransform
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from .scenes import scenes
 
 # %% ../nbs/10_data.ipynb #15d8bba5
 def reflect_index(
@@ -106,6 +109,7 @@ class DataSource:
 
 SOURCES = {source.name: source for source in (
     DataSource("digits", 32, 10, (0.3054,) * 3, (0.3237,) * 3, flip=False, pad=2),
+    DataSource("scenes", 32, 24, (0.499,) * 3, (0.236,) * 3),
     DataSource("cifar10", 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
                url=URLs.CIFAR, n_bytes=168168549, md5="a5f8c31371b63a406b23368042812d3c"),
     DataSource("cifar100", 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
@@ -246,6 +250,17 @@ def read_digits():
     is_test = rank_in_class(target) % 5 == 4
     data = {"train": _take(images, target, ~is_test), "test": _take(images, target, is_test)}
     return data, [str(name) for name in digits.target_names]
+
+# %% ../nbs/10_data.ipynb #08485416
+def read_scenes(
+    size:int=32, # Height and width, pixels
+):
+    "20,000 training and 4,000 test scenes as `{split: (Pillow images, class indices)}`, and the class names"
+    data = {}
+    for split, n, seed in (("train", 20000, 0), ("test", 4000, 1)):
+        drawn = scenes(n, size, seed)
+        data[split] = [Image.fromarray(image) for image in drawn.images.permute(0, 2, 3, 1).numpy()], drawn.target
+    return data, list(drawn.vocab)
 
 # %% ../nbs/10_data.ipynb #14701f70
 def read_folders(
@@ -423,7 +438,7 @@ def _check_valid(valid):
 
 # %% ../nbs/10_data.ipynb #42cfb03b
 def get_dls(
-    name:str, # One of `SOURCES`: "digits", "cifar10", "cifar100"
+    name:str, # One of `SOURCES`: "digits", "scenes", "cifar10", "cifar100"
     path:str|Path|None=None, # Folder that holds train/ and test/; by default `$SUMIX_DATA/<name>`, or a download
     bs:int=100, # Training batch size; validation batches are twice as large
     size:int|None=None, # Resize to this height and width, pixels; None: the size of the set, and no other is accepted
@@ -439,7 +454,8 @@ def get_dls(
     _check_valid(valid)
     if source.url is None and path is not None: raise ValueError(f"`path` has no meaning for {name!r}: nothing is read")
     splits = ("train", "test") if valid == "test" else ("train",)
-    data, vocab = read_digits() if source.url is None else read_folders(source, find_root(source, path), splits)
+    if source.url is not None: data, vocab = read_folders(source, find_root(source, path), splits)
+    else: data, vocab = read_digits() if name == "digits" else read_scenes(size or source.size)
 
     generator = torch.Generator().manual_seed(int(seed))
     if valid == "test": parts = [data["train"], data["test"]]

@@ -174,7 +174,7 @@ def ratio_curve(
                       "n": len(values)})
     return curve
 
-# %% ../nbs/experiments/10_training.ipynb #0239aca3
+# %% ../nbs/experiments/10_training.ipynb #f4225925
 class MixWithClean(Mix):
     "Control: mixes as `Mix`, and passes the clean batch too, after the mixed one; errors as `Mix`"
     def __init__(self,
@@ -368,7 +368,7 @@ def plot_curves(
 # %% ../nbs/experiments/10_training.ipynb #5888faac
 @call_parse
 def sumix_train(
-    data:str="digits", # Data set: digits, cifar10 or cifar100
+    data:str="digits", # Data set: digits, scenes, cifar10 or cifar100
     data_dir:str=None, # Folder with train/ and test/ class folders; else $SUMIX_DATA/<data>, else a download
     model:str="resnet18", # Network
     width:int=16, # Channels of its first stage (64 in the paper)

@@ -45,6 +45,7 @@ from sumix_nb.data import (
     reflect_index,
     sample_crop_flip,
 )
+from sumix_nb.scenes import scenes
 
 NAMES = [f"class{k}" for k in range(10)]
 
@@ -289,7 +290,7 @@ def test_decoding_keeps_the_order_of_many_images():
 @pytest.mark.parametrize("arguments, error, text", [
     (dict(name="cifar-10"), ValueError, "did you mean 'cifar10'"),
     (dict(name="Digits"), ValueError, "did you mean 'digits'"),
-    (dict(name="nonsense"), ValueError, "There are digits, cifar10, cifar100"),
+    (dict(name="nonsense"), ValueError, "There are digits, scenes, cifar10, cifar100"),
     (dict(name=None), TypeError, "`name` must be a string"),
     (dict(name=["digits"]), TypeError, "`name` must be a string"),
     (dict(bs=0), ValueError, "`bs` must be at least 1, got 0"),
@@ -508,7 +509,7 @@ def test_num_workers_is_ignored_and_unique_works():
 def test_sets_whose_labels_survive_a_mirror(folders, name):
     assert SOURCES[name].flip == (name != "digits")
     if name == "cifar100": return
-    path = None if name == "digits" else folders
+    path = None if SOURCES[name].url is None else folders
     augment = get_dls(name, path=path, bs=10, size=16, device="cpu").train.after_batch[0]
     assert augment.flip == SOURCES[name].flip and augment.pad == SOURCES[name].pad // 2
 
@@ -743,6 +744,17 @@ def test_digits_statistics():
     source = SOURCES["digits"]
     torch.testing.assert_close(pixels.mean((0, 2, 3)).float(), torch.tensor(source.mean), rtol=0, atol=1e-4)
     torch.testing.assert_close(pixels.std((0, 2, 3)).float(), torch.tensor(source.std), rtol=0, atol=1e-4)
+
+
+def test_scenes_are_drawn_at_the_wanted_size_and_have_the_statistics_of_the_table():
+    dls, source = get_dls("scenes", device="cpu"), SOURCES["scenes"]
+    assert (len(dls.train_ds), len(dls.valid_ds), dls.c) == (20000, 4000, 24) == (20000, 4000, source.n_classes)
+    drawn = scenes(20000)
+    assert torch.equal(dls.train_ds.images, drawn.images) and torch.equal(dls.train_ds.target, drawn.target)
+    pixels = drawn.images.double() / 255
+    torch.testing.assert_close(pixels.mean((0, 2, 3)).float(), torch.tensor(source.mean), rtol=0, atol=3e-3)
+    torch.testing.assert_close(pixels.std((0, 2, 3)).float(), torch.tensor(source.std), rtol=0, atol=3e-3)
+    with pytest.raises(ValueError, match="`size`"): get_dls("scenes", size=8, device="cpu")
 
 
 def test_read_image_returns_rgb():
