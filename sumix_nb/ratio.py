@@ -44,13 +44,13 @@ def semantic_distance(
     z_mixed:Tensor, # (N, D) encodings of the mixed images; class logits, or any other encoding for "poster"
     z:Tensor, # (N, D) encodings of one of their sources, row by row
     *,
-    variant:str="poster", # "poster": norm of the softmax of the difference; "corrected": norm between probabilities
+    variant:str="poster", # "poster": norm of the softmax of the difference; "corrected": of root probabilities
 )->Tensor: # (N,) in [1/sqrt(D), 1] for "poster", in [0, sqrt(2)] for "corrected"
     "Distance of each mixed sample from a source (SUMix poster); `ValueError` for another `variant` or shape"
     check_encodings(z_mixed, z)
     z_mixed, z = full_precision(z_mixed), full_precision(z)
     if variant == "poster": difference = (z_mixed - z).softmax(1)
-    elif variant == "corrected": difference = z_mixed.softmax(1) - z.softmax(1)
+    elif variant == "corrected": difference = (z_mixed.log_softmax(1) / 2).exp() - (z.log_softmax(1) / 2).exp()
     else: raise ValueError(f'`variant` must be "poster" or "corrected" for a scalar distance, got {variant!r}')
     return torch.linalg.vector_norm(difference, dim=1)
 
