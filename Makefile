@@ -35,8 +35,9 @@ test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks 
 
 check: docs test ## Bring library, notebooks and docs up to date, then `test`
 
-bench: $(READY) ## Time the mixers against torchvision, timm and fastai; OUT=folder keeps a record
+bench: $(READY) ## Time mixers, loss and steps against their peers; OUT=folder keeps records
 	$(BIN)/python tools/bench.py $(if $(OUT),--out "$(OUT)")
+	$(BIN)/python tools/bench_sumix.py $(if $(OUT),--out "$(OUT)")
 
 export: $(READY) ## Write sumix_nb/ from the notebooks and clean them
 	$(BIN)/nbdev-export

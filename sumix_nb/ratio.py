@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'check_lam', 'ratio_from_distances', 'semantic_distance', 'check_encodings', 'full_precision',
-           'released_distance', 'check_labels', 'mix_ratio', 'check_variant']
+           'released_distance', 'check_labels', 'source_distances', 'own_distance', 'mix_ratio', 'check_variant']
 
 # %% ../nbs/sumix/10_ratio.ipynb #cc2f4fe0
 import torch
@@ -99,6 +99,32 @@ def check_labels(
 VARIANTS = ("poster", "released", "corrected")
 
 # %% ../nbs/sumix/10_ratio.ipynb #fe8d90af
+def source_distances(
+    z_mixed:Tensor, # As for `mix_ratio`
+    z_a:Tensor, # As for `mix_ratio`
+    z_b:Tensor, # As for `mix_ratio`
+    *,
+    variant:str, # One of `VARIANTS`
+    target_a:Tensor|None=None, # As for `mix_ratio`
+    target_b:Tensor|None=None, # As for `mix_ratio`
+)->tuple[Tensor, Tensor]: # Distances from the first and from the second source, (N,) each; (N, K) for "released"
+    "Both distances of a mixture in one variant; errors as `mix_ratio`"
+    check_variant(variant)
+    check_encodings(z_mixed, z_a, z_b)
+    if variant != "released": return tuple(semantic_distance(z_mixed, z, variant=variant) for z in (z_a, z_b))
+    if target_a is None or target_b is None:
+        raise ValueError('`target_a` and `target_b` must be given for variant="released", which looks at their entries')
+    return released_distance(z_mixed, z_a, target_b), released_distance(z_mixed, z_b, target_a)
+
+# %% ../nbs/sumix/10_ratio.ipynb #535ad0a7
+def own_distance(
+    distance:Tensor, # (N,) or (N, K) from `source_distances`
+    target:Tensor|None, # (N,) class indices of that source; only looked at for (N, K)
+)->Tensor: # (N,)
+    "The number that stands for a distance in the ratio: of a vector the entry of the source's own label"
+    return distance if distance.ndim == 1 else distance.gather(1, target[:, None])[:, 0]
+
+# %% ../nbs/sumix/10_ratio.ipynb #f3c0b8a0
 def mix_ratio(
     z_mixed:Tensor, # (N, K) class logits of the mixed images; any (N, D) encoding but for "released"
     z_a:Tensor, # (N, K) the same of the first images
@@ -110,16 +136,8 @@ def mix_ratio(
     target_b:Tensor|None=None, # (N,) class indices of the partners; "released" needs them
 )->Tensor: # (N,) float32 (float64 for float64 encodings), in [0, 1]
     "lambda~, the learned share (SUMix poster); `ValueError` for a wrong shape, `variant` or `lam`, or missing labels"
-    check_variant(variant)
-    check_encodings(z_mixed, z_a, z_b)
-    if variant != "released":
-        distance_a, distance_b = (semantic_distance(z_mixed, z, variant=variant) for z in (z_a, z_b))
-        return ratio_from_distances(lam, distance_a, distance_b)
-    if target_a is None or target_b is None:
-        raise ValueError('`target_a` and `target_b` must be given for variant="released", which looks at their entries')
-    vector_a, vector_b = released_distance(z_mixed, z_a, target_b), released_distance(z_mixed, z_b, target_a)
-    own_a, own_b = vector_a.gather(1, target_a[:, None]), vector_b.gather(1, target_b[:, None])
-    return ratio_from_distances(lam, own_a[:, 0], own_b[:, 0])
+    distances = source_distances(z_mixed, z_a, z_b, variant=variant, target_a=target_a, target_b=target_b)
+    return ratio_from_distances(lam, *map(own_distance, distances, (target_a, target_b)))
 
 # %% ../nbs/sumix/10_ratio.ipynb #aaab51d4
 def check_variant(

@@ -1,5 +1,6 @@
 "The benchmark: every method runs and leaves its batch alone, ratios are those of a round, goals name what is measured"
 import importlib.util
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,18 @@ import torch
 
 pytest.importorskip("timm")
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("bench", ROOT / "tools/bench.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+
+
+def load(name):
+    "A tool as a module"
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load("bench")
+bench_sumix = load("bench_sumix")
 
 
 def test_every_method_and_step_runs_and_none_changes_the_batch_of_the_others():
@@ -58,3 +68,17 @@ def test_the_table_of_scaling_has_every_mixer_for_every_shape():
 
 def test_too_few_rounds_are_refused():
     with pytest.raises(SystemExit, match="at least 15"): bench.main(rounds=3)
+
+
+def test_the_losses_are_measured_on_the_same_numbers_and_the_loops_are_the_released_arithmetic():
+    functions = bench_sumix.losses()  # compares the loops with our "released" variant
+    for function in functions.values(): function()
+    assert {name for goal in bench_sumix.LOSS_GOALS for name in goal[:2]} == set(functions)
+
+
+def test_steps_are_those_of_learners_and_goals_name_them():
+    found = bench_sumix.learners("fp32", 4)
+    assert {name for goal in bench_sumix.STEP_GOALS for name in goal[:2]} <= set(found)
+    seconds = bench_sumix.measure_steps(found, 2)
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+    assert bench_sumix.median_ratio(seconds, "CutMix", "CutMix") == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
                            LabelSmoothingCrossEntropyFlat)
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -20,11 +20,11 @@ import sumix_nb.ratio
 import sumix_nb.uncertainty
 from sumix_nb.loss import (SUMixLoss, SUMixTerms, label_weight, loss_setting, mixed_cross_entropy, mixed_loss,
                            per_sample_loss,
-                           released_su_logits, su_logits, sumix_loss)
+                           released_su_logits, su_logits, sumix_loss, takes_reduction)
 from sumix_nb.mixers.core import Mixed
 from sumix_nb.ratio import (VARIANTS, check_encodings, check_labels, check_lam, check_variant, full_precision,
                             mix_ratio,
-                            ratio_from_distances, released_distance, semantic_distance)
+                            own_distance, ratio_from_distances, released_distance, semantic_distance, source_distances)
 from sumix_nb.uncertainty import UncertaintyHead, su_scale, su_vector, uncertainty, uncertainty_vector
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -126,7 +126,12 @@ def test_every_public_function_runs_once_on_a_small_batch():
     torch.testing.assert_close(per_sample_loss(F.cross_entropy, logits, mixed.target_a).mean(),
                                F.cross_entropy(logits, mixed.target_a))
     assert label_weight(F.cross_entropy, mixed.target_a).tolist() == [1, 1, 1, 1]
-    su_a, su_b = released_su_logits(logits_mixed, logits, head_mixed, head, mixed)
+    distances = source_distances(logits_mixed, logits, logits[partner], variant="released",
+                                 target_a=mixed.target_a, target_b=mixed.target_b)
+    assert torch.equal(distances[0], vector)
+    torch.testing.assert_close(own_distance(vector, mixed.target_a), vector[range(4), mixed.target_a])
+    assert own_distance(d_a, None) is d_a and takes_reduction(F.cross_entropy) and not takes_reduction(len)
+    su_a, su_b = released_su_logits(head_mixed, head, mixed, distances)
     released = sumix_loss(logits_mixed, logits, head_mixed, head, mixed, variant="released")
     torch.testing.assert_close(released.regulariser, mixed_loss(F.cross_entropy, su_a, su_b, mixed.target_a,
                                                                 mixed.target_b, mixed.lam))
@@ -584,3 +589,37 @@ def test_plain_pytorch_loop_with_the_loss_module_trains_network_and_head():
         losses.append(terms.mixed_ce.item())
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert all((p - old).abs().max() > 0 for p, old in zip(parameters, before, strict=True))
+
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=60, deadline=None)
+@given(n=st.one_of(st.integers(1, 40), st.sampled_from([100, 512])),
+       classes=st.one_of(st.integers(2, 20), st.sampled_from([100, 1000])),
+       scale=st.floats(-4, 4).map(lambda power: 10**power), lam=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
+       labels=st.sampled_from(["any", "equal", "one pair"]), dtype=st.sampled_from(TYPES), with_head=st.booleans(),
+       seed=st.integers(0, 2**16))
+@example(n=512, classes=2, scale=1e4, lam=0.5, labels="any", dtype=torch.float16, with_head=True, seed=0)
+@example(n=512, classes=1000, scale=1e4, lam=0.0, labels="equal", dtype=torch.bfloat16, with_head=False, seed=1)
+@example(n=1, classes=2, scale=1e-4, lam=1.0, labels="one pair", dtype=torch.float32, with_head=True, seed=2)
+def test_nothing_becomes_infinite_or_nan(variant, n, classes, scale, lam, labels, dtype, with_head, seed):
+    generator = torch.Generator().manual_seed(seed)
+    most = torch.finfo(dtype).max
+    leaves = [(scale * torch.randn(n, classes, generator=generator)).clamp(-most, most).to(dtype).requires_grad_()
+              for _ in range(4)]
+    target = {"any": torch.randint(classes, (n,), generator=generator), "equal": torch.full((n,), classes - 1),
+              "one pair": torch.arange(n) % 2}[labels]
+    partner = torch.randperm(n, generator=generator)
+    mixed = Mixed(torch.zeros(n, 1, 1, 1), target, target[partner], torch.full((n,), lam), partner)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        terms = sumix_loss(*leaves[:2], *(leaves[2:] if with_head else (None, None)), mixed, variant=variant)
+    terms.loss.backward()
+    for name, value in zip(terms._fields, terms, strict=True): assert value.isfinite().all(), name
+    assert ((terms.ratio >= 0) & (terms.ratio <= 1)).all()
+    if lam in (0.0, 1.0): assert (terms.ratio == lam).all()
+    assert leaves[0].grad is not None
+    # without a head the released logits are exp(-2 * logits): their gradient may be beyond float16 (not beyond float32)
+    if variant == "released" and dtype == torch.float16 and not with_head: return
+    for leaf in leaves: assert leaf.grad is None or leaf.grad.isfinite().all()

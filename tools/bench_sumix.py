@@ -1,0 +1,134 @@
+"""Time the loss of SUMix against the released arithmetic in loops, and whole steps against CutMix's, in `make bench`
+
+As in `bench.py` a ratio is the median over rounds of two times of the same round, and the methods take turns in random
+order. A step is one of a fastai `Learner` with our callbacks: augmentation, mixing, passes, loss, backward, optimiser.
+"""
+import os
+import platform
+import random
+from functools import partial
+from importlib.metadata import version
+
+import torch
+from bench import measure, median_ratio, summary
+from fastcore.script import call_parse
+from torch.nn import functional as F
+
+from sumix_nb.loss import sumix_loss
+from sumix_nb.mixers import CutMix
+from sumix_nb.ratio import VARIANTS
+from sumix_nb.training import Recipe, git_commit, make_learner, write_record
+
+N, CLASSES = 100, 100
+LOOPS = "released arithmetic, in loops"
+# what is to be reached: a method, what it is compared with, and the ratio it should not exceed
+LOSS_GOALS = [(f"sumix_loss, {variant}", LOOPS, 1 / 3) for variant in VARIANTS]
+STEP_GOALS = [("CutMix + SUMix, no_grad", "CutMix", 1.36), ("CutMix + SUMix, concat", "CutMix", 2.0)]
+
+
+def loops_loss(logits_mixed, logits, head_mixed, head, mixed, xi=0.5):
+    "The loss as the released code computes it, sample by sample"
+    n, lam = len(logits), mixed.lam[0].item()
+    with torch.no_grad():
+        probs, probs_mixed = logits.softmax(1), logits_mixed.softmax(1)
+        sources = [probs.clone(), probs[mixed.partner].clone()]
+        for i in range(n):
+            sources[0][i, mixed.target_b[i]] = 0
+            sources[1][i, mixed.target_a[i]] = 0
+        alphas = [n * F.normalize((probs_mixed - source).softmax(1), dim=1) for source in sources]
+        ratio = torch.zeros(n)
+        for i in range(n):
+            part_a = lam * torch.exp(-alphas[0][i, mixed.target_a[i]])
+            part_b = (1 - lam) * torch.exp(-alphas[1][i, mixed.target_b[i]])
+            ratio[i] = part_a / (part_a + part_b)
+    u, u_mixed = (F.normalize(values.softmax(1), dim=1) for values in (head, head_mixed))
+    inputs = [torch.exp(-(source + u_mixed + alpha)) for source, alpha in zip((u, u[mixed.partner]), alphas)]
+    ce_a, ce_b = (F.cross_entropy(logits_mixed, target) for target in (mixed.target_a, mixed.target_b))
+    regulariser = (lam * F.cross_entropy(inputs[0], mixed.target_a)
+                   + (1 - lam) * F.cross_entropy(inputs[1], mixed.target_b))
+    return (ce_a * ratio + ce_b * (1 - ratio)).mean() + xi * regulariser
+
+
+def losses():
+    "Forward and backward of each loss as a function without arguments, after a check that two of them agree"
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(N, CLASSES, generator=generator).requires_grad_() for _ in range(4)]
+    target = torch.randint(CLASSES, (N,), generator=generator)
+    mixed = CutMix()(torch.randn(N, 3, 4, 4), target, generator=generator)
+    torch.testing.assert_close(sumix_loss(*logits, mixed, variant="released").loss, loops_loss(*logits, mixed))
+
+    def both_ways(loss):
+        for values in logits: values.grad = None
+        loss(*logits, mixed).backward()
+
+    ours = {f"sumix_loss, {variant}": lambda *args, v=variant: sumix_loss(*args, variant=v).loss
+            for variant in VARIANTS}
+    return {name: partial(both_ways, loss) for name, loss in (ours | {LOOPS: loops_loss}).items()}
+
+
+def learners(precision, width):
+    "A `Learner` for each way to train on batches of 100 x 3 x 32 x 32"
+    options = {"CutMix": {"method": "mce"}, "CutMix + clean loss": {"method": "mce_clean"}}
+    options |= {f"CutMix + SUMix, {clean}": {"method": "sumix", "clean": clean}
+                for clean in ("no_grad", "concat", "separate")}
+    shared = {"mixer": "cutmix", "width": width, "limit": 2 * N, "precision": precision}
+    return {name: make_learner(Recipe(**shared, **option), device="cpu") for name, option in options.items()}
+
+
+def step_seconds(learn):
+    "Seconds of one training step, mean of an epoch of two"
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=1e-3)
+    return learn.epoch_log.seconds / len(learn.dls.train)
+
+
+def measure_steps(found, rounds):
+    "Seconds of a step of each `Learner` in each round, all in turn, in a new order each time"
+    order, seconds = random.Random(0), {name: [] for name in found}
+    for learn in found.values(): step_seconds(learn)  # warms up
+    for _ in range(rounds):
+        for name in order.sample(list(found), len(found)): seconds[name].append(step_seconds(found[name]))
+    return seconds
+
+
+def reached(seconds, goals):
+    "The ratio of each goal, printed and returned"
+    found = []
+    for name, base, most in goals:
+        goal = {"method": name, "base": base, "most": round(most, 3)}
+        goal["ratio"] = round(median_ratio(seconds, name, base), 3)
+        found.append(goal)
+        print(f"  {goal['method']:<28}/ {goal['base']:<32}{goal['ratio']:>6.2f}  "
+              f"{'<=' if goal['ratio'] <= goal['most'] else '> '} {goal['most']}")
+    return found
+
+
+@call_parse
+def main(
+    rounds:int=31, # Rounds of the losses, of which the median is taken
+    step_rounds:int=7, # Rounds of the steps
+    width:int=64, # Channels of the first stage of the ResNet-18
+    threads:int=2, # Threads of PyTorch
+    out:str=None, # Folder for a record
+):
+    "Time the loss and the steps of SUMix in one run, and print the ratios"
+    if rounds < 15 or step_rounds < 3: raise SystemExit("bench: medians need at least 15 `--rounds`, 3 `--step-rounds`")
+    load = os.getloadavg()[0]
+    if load > 0.5: print(f"the machine is busy (load {load:.1f}): ratios will be rough")
+    torch.set_num_threads(threads)
+    print(f"\nlosses, {N} x {CLASSES}, forward and backward, median of {rounds} rounds")
+    seconds = measure(losses(), rounds)
+    parts = {"loss": {"methods": summary(seconds), "goals": reached(seconds, LOSS_GOALS)}}
+    for precision in ("fp32", "bf16"):
+        print(f"\nsteps of a ResNet-18 of width {width}, {N} x 3 x 32 x 32, {precision}, {step_rounds} rounds")
+        seconds = measure_steps(learners(precision, width), step_rounds)
+        ratios = {name: round(median_ratio(seconds, name, "CutMix"), 3) for name in seconds}
+        methods = {name: found | {"ratio": ratios[name]} for name, found in summary(seconds).items()}
+        for name, found in methods.items(): print(f"  {name:<36}{found['ms']:>10.1f} ms{found['ratio']:>8.2f} x CutMix")
+        parts[precision] = {"methods": methods, "goals": reached(seconds, STEP_GOALS)}
+    if out:
+        packages = ("torch", "torchvision", "fastai")
+        record = {"name": "sumix", "rounds": rounds, "step_rounds": step_rounds, "width": width, "load": load,
+                  "device": f"cpu, {threads} threads", "commit": git_commit(),
+                  "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+                  **parts}
+        print(f"\n{write_record(record, out)}")
