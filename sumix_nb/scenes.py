@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'TEXTURES', 'CLASSES', 'CHUNK', 'polygon', 'draw_objects', 'uniform', 'draw_backgrounds', 'MaskedImages',
            'scenes', 'draw_scenes', 'pets']
 
-# %% ../nbs/15_scenes.ipynb #8bbe749f
+# %% ../nbs/15_scenes.ipynb #35ed1263
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from .mixers.core import check_number, check_whole
 
-# %% ../nbs/15_scenes.ipynb #01bd7a62
+# %% ../nbs/15_scenes.ipynb #931b89eb
 def polygon(
     u:Tensor, # Coordinates along the object
     v:Tensor, # Coordinates across it, same shape
@@ -40,7 +40,7 @@ SHAPES = {
     "flower": lambda u, v: 0.62 + 0.33 * torch.cos(5 * torch.atan2(v, u)) - torch.hypot(u, v),
 }
 
-# %% ../nbs/15_scenes.ipynb #210b30a1
+# %% ../nbs/15_scenes.ipynb #d2886c3e
 TEXTURES = {
     "striped": lambda u, v: torch.sin(2 * math.pi * u),
     "checked": lambda u, v: torch.sin(2 * math.pi * u) * torch.sin(2 * math.pi * v),
@@ -49,7 +49,7 @@ TEXTURES = {
 }
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 
-# %% ../nbs/15_scenes.ipynb #b535896f
+# %% ../nbs/15_scenes.ipynb #7fa60cd4
 def draw_objects(
     target:Tensor, # (N,) int64 numbers of `CLASSES`
     center:Tensor, # (N, 2) row and column, as shares of the side
@@ -76,7 +76,7 @@ def draw_objects(
         first[rows] = inside[rows] * (texture(*waves) > 0)
     return tuple(F.avg_pool2d(plane[:, None], 2) for plane in (inside, first))
 
-# %% ../nbs/15_scenes.ipynb #ac67c57a
+# %% ../nbs/15_scenes.ipynb #0b5a7b5f
 def uniform(
     low:float, # Smallest value
     high:float, # Largest value
@@ -86,7 +86,7 @@ def uniform(
     "Random numbers between two ends"
     return low + (high - low) * torch.rand(shape, generator=generator)
 
-# %% ../nbs/15_scenes.ipynb #3b517e2a
+# %% ../nbs/15_scenes.ipynb #911ee4e2
 def draw_backgrounds(
     n:int, # Number of images N
     size:int, # Height and width, pixels
@@ -108,7 +108,7 @@ def draw_backgrounds(
         images = torch.where(inside, torch.rand(n, 3, 1, 1, generator=generator), images)
     return images
 
-# %% ../nbs/15_scenes.ipynb #fcb01785
+# %% ../nbs/15_scenes.ipynb #d389de7a
 @dataclass(frozen=True, eq=False)
 class MaskedImages:
     "Images, their classes, and where their objects are; `ValueError` if the parts do not fit together"
@@ -129,7 +129,7 @@ class MaskedImages:
 
     def __len__(self): return len(self.target)
 
-# %% ../nbs/15_scenes.ipynb #c1a91131
+# %% ../nbs/15_scenes.ipynb #db870299
 def scenes(
     n:int, # Number of images N
     size:int=32, # Height and width, pixels, at least 16
@@ -149,7 +149,7 @@ def scenes(
              for start in range(0, n, CHUNK)]
     return MaskedImages(*(torch.cat(part) for part in zip(*parts)), CLASSES)
 
-# %% ../nbs/15_scenes.ipynb #94456a27
+# %% ../nbs/15_scenes.ipynb #9f2e56b2
 CHUNK = 250
 
 
@@ -174,7 +174,7 @@ def draw_scenes(
     images = images + noise * torch.randn(images.shape, generator=generator)
     return (255 * images.clamp(0, 1)).round().byte(), target, cover >= 0.5
 
-# %% ../nbs/15_scenes.ipynb #2241e748
+# %% ../nbs/15_scenes.ipynb #6dbb7ff6
 def pets(
     root:str|Path, # Folder that holds `oxford-iiit-pet/`
     split:str="test", # "trainval" or "test"
