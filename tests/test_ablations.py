@@ -1,0 +1,48 @@
+"The arms of the ablations, what is missing of them, and the table that is made of their records"
+import pytest
+
+from sumix_nb import ablations
+from sumix_nb.ablations import ARMS, BASE, SEEDS, ablation_table, arm_accuracies, arm_recipe, missing, run_ablations
+from sumix_nb.ratio import VARIANTS
+from sumix_nb.training import load_records
+from tests.conftest import ROOT
+
+
+def test_the_arms_cover_variants_clean_modes_parts_and_controls():
+    recipes = [arm_recipe(arm) for arm in ARMS]
+    sumix = [recipe for recipe in recipes if recipe.method == "sumix"]
+    assert {recipe.variant for recipe in sumix} == set(VARIANTS)
+    assert {recipe.clean for recipe in sumix} == {"no_grad", "concat", "separate"}
+    assert {recipe.xi for recipe in sumix} >= {0.0, 0.1, 0.5, 1.0}
+    assert {recipe.relabel for recipe in sumix} == {recipe.update_bn for recipe in sumix} == {True, False}
+    assert {recipe.method for recipe in recipes} == {"mce", "sumix", "mce_bn", "mce_clean"}
+    assert {recipe.alpha for recipe in recipes} == {0.2, 1.0}
+    assert len({recipe.name for recipe in recipes}) == len(ARMS) and arm_recipe("CutMix", 2).seed == 2
+
+
+def test_only_runs_without_a_record_are_done_seed_by_seed(tmp_path, monkeypatch):
+    assert len(missing(tmp_path)) == len(ARMS) * len(SEEDS)
+    (tmp_path / f"{arm_recipe('poster', 0).name}.json").write_text("{}")
+    done = []
+    monkeypatch.setattr(ablations, "train", lambda recipe, path, folder: done.append((recipe, path, folder)))
+    run_ablations(data_dir="images", out=tmp_path, most=2)
+    assert done == [(arm_recipe(arm), "images", tmp_path) for arm in ("CutMix", "released")]
+    assert [recipe.seed for recipe in missing(tmp_path)] == [0] * (len(ARMS) - 1) + [1] * len(ARMS) + [2] * len(ARMS)
+
+
+def test_the_table_pairs_seeds():
+    lines = ablation_table({"CutMix": {0: 10.0, 2: 20.0}, "poster": {1: 90.0, 2: 21.0}}).splitlines()
+    assert lines[1].split() == ["CutMix", "2", "15.0", "±", "7.1", "0.0", "±", "0.0"]
+    assert lines[2].split() == ["poster", "2", "55.5", "±", "48.8", "1.0"]
+
+
+def test_records_of_arms_are_found_and_others_left_out():
+    records = load_records(ROOT / "results", **BASE)
+    found = arm_accuracies(records)
+    assert sum(map(len, found.values())) == len(records) > 0
+    for record in records: assert any(100 * record["accuracy"] in values.values() for values in found.values())
+    assert arm_accuracies([{"name": "another", "accuracy": 0.5}]) == {}
+
+
+def test_an_unknown_arm_is_named():
+    with pytest.raises(ValueError, match="`arm` must be one of"): arm_recipe("puzzle")
