@@ -6,12 +6,11 @@
 __all__ = ['BASE', 'ARMS', 'SEEDS', 'arm_recipe', 'missing', 'run_ablations', 'arm_accuracies', 'ablation_table']
 
 # %% ../nbs/experiments/18_ablations.ipynb #9e08ebec
-import statistics
 from pathlib import Path
 
 from fastcore.script import call_parse
 
-from .training import Recipe, train
+from .training import Recipe, mean_and_spread, train
 
 # %% ../nbs/experiments/18_ablations.ipynb #87c17ed6
 BASE = {"data": "cifar100", "mixer": "cutmix", "epochs": 12, "precision": "bf16"}
@@ -83,11 +82,9 @@ def ablation_table(
     base:str="CutMix", # The arm that others are compared with, seed by seed
 )->str: # Lines of text
     "Mean accuracy of each arm, and the paired differences to `base`, each with its standard deviation over seeds"
-    def spread(values): return f"{statistics.mean(values):.1f}" + (
-        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
     lines = [f"{'arm':<30}{'seeds':>6}{'accuracy (%)':>16}{'difference':>16}"]
     for arm, values in found.items():
         pairs = [values[seed] - found[base][seed] for seed in values if seed in found[base]]
-        cells = spread(list(values.values())), spread(pairs) if pairs else ""
+        cells = mean_and_spread(list(values.values())), mean_and_spread(pairs) if pairs else ""
         lines.append(f"{arm:<30}{len(values):>6}{cells[0]:>16}{cells[1]:>16}")
     return "\n".join(lines)

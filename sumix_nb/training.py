@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXERS', 'METHODS', 'BEFORE', 'Recipe', 'Autocast', 'EpochLog', 'ratio_curve', 'MixWithClean', 'make_learner',
            'train', 'make_record', 'git_commit', 'write_record', 'load_records', 'label_of', 'comparison_table',
-           'summary_table', 'plot_curves', 'sumix_train']
+           'mean_and_spread', 'summary_table', 'plot_curves', 'sumix_train']
 
 # %% ../nbs/experiments/10_training.ipynb #e927341c
 import hashlib
@@ -83,11 +83,13 @@ class Recipe:
     def __post_init__(self):
         choices = {"mixer": tuple(MIXERS), "method": METHODS, "variant": VARIANTS, "clean": CLEAN,
                    "precision": ("fp32", "bf16"), "data": tuple(SOURCES), "model": tuple(MODELS),
-                   "stem": ("small", "standard"), "z": ("logits", "features"),
-                   **dict.fromkeys(("per_sample", "update_bn", "channels_last", "relabel"), (False, True))}
+                   "stem": ("small", "standard"), "z": ("logits", "features")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("per_sample", "update_bn", "channels_last", "relabel"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
         for name, least in (("epochs", 1), ("bs", 1), ("width", 1), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
         ranges = {"lr": (1e-12, math.inf), "alpha": (0.01, math.inf), "p": (0, 1), "xi": (0, math.inf),
@@ -335,6 +337,14 @@ def comparison_table(
                      for row in rows)
 
 # %% ../nbs/experiments/10_training.ipynb #37aa8011
+def mean_and_spread(
+    values:list[float], # One for each seed
+)->str: # e.g. "42.0 ± 2.8"
+    "Mean and, of several values, their standard deviation"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+# %% ../nbs/experiments/10_training.ipynb #44a65342
 def summary_table(
     records:list[dict], # Records of runs that differ in method and seed
 )->str: # Markdown
@@ -346,9 +356,7 @@ def summary_table(
             raise ValueError(f"the runs of {label} must differ in nothing but their seeds to be averaged")
     rows = ["| method | seeds | accuracy |", "|---|---|---|"]
     for label, runs in groups.items():
-        accuracies = [100 * run["accuracy"] for run in runs]
-        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
-        rows.append(f"| {label} | {len(runs)} | {statistics.mean(accuracies):.1f}{spread} % |")
+        rows.append(f"| {label} | {len(runs)} | {mean_and_spread([100 * run['accuracy'] for run in runs])} % |")
     return "\n".join(rows)
 
 # %% ../nbs/experiments/10_training.ipynb #93af9cd7

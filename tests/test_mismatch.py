@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sumix_nb.evaluation.mismatch import agreement, true_ratio, visible_objects
 from sumix_nb.mixers import CutMix, FMix, GridMix, MixUp, OneOf, ResizeMix, SaliencyMix, SmoothMix
+from sumix_nb.mixers.core import Mixed
 from sumix_nb.scenes import scenes
 
 MIXERS = {"mixup": MixUp(), "cutmix": CutMix(), "fmix": FMix(per_sample=True), "soft fmix": FMix(max_soft=0.5),
@@ -77,6 +78,35 @@ def test_agreement_is_numpys_and_lies_in_its_interval(n, seed, hidden):
     assert found["correlation"][0] == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert found["error"][1] <= found["error"][2]
     assert str(agreement(share, truth, repeats=200)) == str(found)
+
+
+@pytest.mark.parametrize(("share", "pattern"), [
+    (torch.rand(4), "one shape"), (torch.rand(5, 1), "one shape"), (torch.full((5,), 1.2), "in \\[0, 1\\]"),
+    (torch.full((5,), math.nan), "in \\[0, 1\\]")])
+def test_shares_that_are_none_are_refused(share, pattern):
+    with pytest.raises(ValueError, match=f"`share`.*{pattern}"): agreement(share, torch.rand(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_of_other_types_are_counted_alike(dtype):
+    images, target, masks = draw()
+    for name in ("cutmix", "saliencymix"):
+        images = images.to(torch.bfloat16)  # both types show the same images to the saliency detector
+        expected, found = (count(MIXERS[name], batch, target, masks, 3) for batch in (images.float(), images.to(dtype)))
+        for one, other in zip(expected[1:], found[1:], strict=True): torch.testing.assert_close(one, other)
+
+
+def test_a_mixer_that_chooses_partners_by_what_it_sees_is_noticed():
+    def by_brightness(images, target, *, model=None, generator=None):
+        partner = images.mean((1, 2, 3)).argsort()
+        mask = (torch.arange(images.shape[3]) < 9).float().expand(1, 1, *images.shape[2:]).contiguous()
+        mixed = mask * images + (1 - mask) * images[partner]
+        return Mixed(mixed, target, target[partner], mask.mean().expand(len(images)), partner, mask)
+
+    images, target, masks = draw()
+    mixed, a, b = count(by_brightness, images, target, masks, 0)
+    torch.testing.assert_close(a, masks[..., :9].sum((1, 2, 3)).float())
+    torch.testing.assert_close(b, masks[mixed.partner][..., 9:].sum((1, 2, 3)).float())
 
 
 def test_a_share_that_never_changes_has_no_correlation():

@@ -61,6 +61,7 @@ def test_bad_arguments_are_named(arguments, error, pattern):
 
 @pytest.mark.parametrize(("part", "value", "pattern"), [
     ("images", torch.zeros(3, 3, 8, 8), "`images`"), ("images", torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "`images`"),
+    ("images", torch.zeros(3, 3, 8, dtype=torch.uint8), "`images`"),
     ("target", torch.zeros(2, dtype=torch.long), "`target`"), ("masks", torch.zeros(3, 1, 8, 8), "`masks`"),
     ("masks", torch.zeros(3, 8, 8, dtype=torch.bool), "`masks`")])
 def test_parts_that_do_not_fit_are_named(part, value, pattern):

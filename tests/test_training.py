@@ -24,6 +24,12 @@ def test_recipe_refuses_and_names_a_wrong_field(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must"): Recipe(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["per_sample", "update_bn", "channels_last", "relabel"])
+def test_switches_of_a_recipe_are_true_or_false(field):
+    for value in (1, "yes", None):
+        with pytest.raises(TypeError, match=f"`{field}` must be True or False"): Recipe(**{field: value})
+
+
 @pytest.mark.parametrize(("field", "value", "pattern"), [
     ("data", "cifar1000", "cifar100"), ("model", "resnet", "resnet18"), ("stem", "big", "`stem`"), ("p", 2.0, "`p`"),
     ("xi", -1.0, "`xi`")])

@@ -94,15 +94,19 @@ def seconds_of(function, calls):
     return (time.perf_counter() - start) / calls
 
 
+def take_turns(clocks, rounds):
+    "What each clock, a function that returns seconds, says in each round; all take their turn in a new order"
+    order, seconds = random.Random(0), {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name in order.sample(list(clocks), len(clocks)): seconds[name].append(clocks[name]())
+    return seconds
+
+
 def measure(functions, rounds, turn=2e-3):
-    "Seconds of each function in each round: all take their turn in a new order, each for as many calls as fill `turn`"
-    order, seconds = random.Random(0), {name: [] for name in functions}
+    "Seconds of each function in each round, each called as often in a turn as fills `turn`"
     for function in functions.values(): seconds_of(function, 3)  # warms up
     calls = {name: math.ceil(turn / seconds_of(function, 3)) for name, function in functions.items()}
-    for _ in range(rounds):
-        for name in order.sample(list(functions), len(functions)):
-            seconds[name].append(seconds_of(functions[name], calls[name]))
-    return seconds
+    return take_turns({name: partial(seconds_of, functions[name], calls[name]) for name in functions}, rounds)
 
 
 def median_ratio(seconds, name, base):
@@ -116,6 +120,27 @@ def summary(seconds):
     return {name: {"ms": round(1e3 * statistics.median(times), 4),
                    "ratios": {base: round(median_ratio(seconds, name, base), 3) for base in bases}}
             for name, times in seconds.items()}
+
+
+def goal_ratios(seconds, goals):
+    "The measured ratio of each goal, beside what it should not exceed"
+    return [{"method": name, "base": base, "most": round(most, 3), "ratio": round(median_ratio(seconds, name, base), 3)}
+            for name, base, most in goals]
+
+
+def goal_line(goal):
+    "A goal and its ratio as a line of text"
+    sign = "<=" if goal["ratio"] <= goal["most"] else "> "
+    return f"  {goal['method']:<28}/ {goal['base']:<32}{goal['ratio']:>6.2f}  {sign} {goal['most']}"
+
+
+def conditions(threads, packages):
+    "Sets the threads, warns of a busy machine, and returns what a record has to say of machine and versions"
+    load = os.getloadavg()[0]
+    if load > 0.5: print(f"the machine is busy (load {load:.1f}): ratios will be rough")
+    torch.set_num_threads(threads)
+    return {"device": f"cpu, {threads} threads", "load": load, "commit": git_commit(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}}
 
 
 def batch(shape):
@@ -143,9 +168,7 @@ def main(
 ):
     "Time all mixers and their peers in one run, and print the ratios"
     if rounds < 15: raise SystemExit("bench: `--rounds` must be at least 15 for a median to mean something")
-    load = os.getloadavg()[0]
-    if load > 0.5: print(f"the machine is busy (load {load:.1f}): ratios will be rough")
-    torch.set_num_threads(threads)
+    where = conditions(threads, ("torch", "torchvision", "timm", "fastai"))
     torch.manual_seed(0)
     sizes, goals = {}, []
     for shape in SIZES:
@@ -156,20 +179,13 @@ def main(
         for name, found in sizes[label]["methods"].items():
             ratios = "".join(f"{ratio:>14.2f}" for ratio in found["ratios"].values())
             print(f"  {name:<54}{found['ms']:>10.3f}{ratios}")
-        for name, base, most in GOALS:
-            if name in ONLY_SMALL and shape != SIZES[0]: continue
-            goals.append({"size": label, "method": name, "base": base, "most": most,
-                          "ratio": round(median_ratio(seconds, name, base), 3)})
+        wanted = [goal for goal in GOALS if shape == SIZES[0] or goal[0] not in ONLY_SMALL]
+        goals += [{"size": label} | goal for goal in goal_ratios(seconds, wanted)]
     print("\ngoals")
-    for goal in goals:
-        print(f"  {goal['size']:<20}{goal['method']:<20}/ {goal['base']:<26}{goal['ratio']:>6.2f}  "
-              f"{'<=' if goal['ratio'] <= goal['most'] else '> '} {goal['most']}")
+    for goal in goals: print(f"  {goal['size']:<20}{goal_line(goal)}")
     by_batch = scaling([(n, 3, 32, 32) for n in (8, 32, 128, 512)], rounds)
     by_side = scaling([(32, 3, side, side) for side in (32, 64, 128, 224)], rounds)
     if out:
-        packages = ("torch", "torchvision", "timm", "fastai")
-        record = {"name": "mixers", "rounds": rounds, "device": f"cpu, {threads} threads", "load": load,
-                  "commit": git_commit(),
-                  "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-                  "sizes": sizes, "goals": goals, "by_batch": by_batch, "by_side": by_side}
+        record = {"name": "mixers", "rounds": rounds, **where, "sizes": sizes, "goals": goals, "by_batch": by_batch,
+                  "by_side": by_side}
         print(f"\n{write_record(record, out)}")

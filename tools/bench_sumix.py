@@ -3,21 +3,17 @@
 As in `bench.py` a ratio is the median over rounds of two times of the same round, and the methods take turns in random
 order. A step is one of a fastai `Learner` with our callbacks: augmentation, mixing, passes, loss, backward, optimiser.
 """
-import os
-import platform
-import random
 from functools import partial
-from importlib.metadata import version
 
 import torch
-from bench import measure, median_ratio, summary
+from bench import conditions, goal_line, goal_ratios, measure, median_ratio, summary, take_turns
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
 from sumix_nb.loss import sumix_loss
 from sumix_nb.mixers import CutMix
 from sumix_nb.ratio import VARIANTS
-from sumix_nb.training import Recipe, git_commit, make_learner, write_record
+from sumix_nb.training import Recipe, make_learner, write_record
 
 N, CLASSES = 100, 100
 LOOPS = "released arithmetic, in loops"
@@ -82,24 +78,9 @@ def step_seconds(learn):
 
 
 def measure_steps(found, rounds):
-    "Seconds of a step of each `Learner` in each round, all in turn, in a new order each time"
-    order, seconds = random.Random(0), {name: [] for name in found}
+    "Seconds of a step of each `Learner` in each round"
     for learn in found.values(): step_seconds(learn)  # warms up
-    for _ in range(rounds):
-        for name in order.sample(list(found), len(found)): seconds[name].append(step_seconds(found[name]))
-    return seconds
-
-
-def reached(seconds, goals):
-    "The ratio of each goal, printed and returned"
-    found = []
-    for name, base, most in goals:
-        goal = {"method": name, "base": base, "most": round(most, 3)}
-        goal["ratio"] = round(median_ratio(seconds, name, base), 3)
-        found.append(goal)
-        print(f"  {goal['method']:<28}/ {goal['base']:<32}{goal['ratio']:>6.2f}  "
-              f"{'<=' if goal['ratio'] <= goal['most'] else '> '} {goal['most']}")
-    return found
+    return take_turns({name: partial(step_seconds, learn) for name, learn in found.items()}, rounds)
 
 
 @call_parse
@@ -112,23 +93,20 @@ def main(
 ):
     "Time the loss and the steps of SUMix in one run, and print the ratios"
     if rounds < 15 or step_rounds < 3: raise SystemExit("bench: medians need at least 15 `--rounds`, 3 `--step-rounds`")
-    load = os.getloadavg()[0]
-    if load > 0.5: print(f"the machine is busy (load {load:.1f}): ratios will be rough")
-    torch.set_num_threads(threads)
+    where = conditions(threads, ("torch", "torchvision", "fastai"))
     print(f"\nlosses, {N} x {CLASSES}, forward and backward, median of {rounds} rounds")
     seconds = measure(losses(), rounds)
-    parts = {"loss": {"methods": summary(seconds), "goals": reached(seconds, LOSS_GOALS)}}
+    parts = {"loss": {"methods": summary(seconds), "goals": goal_ratios(seconds, LOSS_GOALS)}}
     for precision in ("fp32", "bf16"):
         print(f"\nsteps of a ResNet-18 of width {width}, {N} x 3 x 32 x 32, {precision}, {step_rounds} rounds")
         seconds = measure_steps(learners(precision, width), step_rounds)
         ratios = {name: round(median_ratio(seconds, name, "CutMix"), 3) for name in seconds}
         methods = {name: found | {"ratio": ratios[name]} for name, found in summary(seconds).items()}
         for name, found in methods.items(): print(f"  {name:<36}{found['ms']:>10.1f} ms{found['ratio']:>8.2f} x CutMix")
-        parts[precision] = {"methods": methods, "goals": reached(seconds, STEP_GOALS)}
+        parts[precision] = {"methods": methods, "goals": goal_ratios(seconds, STEP_GOALS)}
+    print("\ngoals")
+    for part, found in parts.items():
+        for goal in found["goals"]: print(f"  {part:<8}{goal_line(goal)}")
     if out:
-        packages = ("torch", "torchvision", "fastai")
-        record = {"name": "sumix", "rounds": rounds, "step_rounds": step_rounds, "width": width, "load": load,
-                  "device": f"cpu, {threads} threads", "commit": git_commit(),
-                  "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-                  **parts}
+        record = {"name": "sumix", "rounds": rounds, "step_rounds": step_rounds, "width": width, **where, **parts}
         print(f"\n{write_record(record, out)}")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..mixers.core import Mixed, check_whole
-from ..ratio import check_lam
+from ..mixers.core import Mixed, check_generator, check_whole
+from ..testing import PRECISION, check_pixels
 
 # %% ../../nbs/evaluation/10_mismatch.ipynb #fcfdd0d8
 def visible_objects(
@@ -29,19 +29,21 @@ def visible_objects(
     if masks.dtype != torch.bool or masks.shape != (len(images), 1, *images.shape[2:]):
         raise ValueError(f"`masks` must be bool of the shape {(len(images), 1, *images.shape[2:])}, got {masks.dtype} "
                          f"{tuple(masks.shape)}")
-    dice = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    check_generator(generator)
+    dice = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator, device="cpu")))
     state = dice.get_state()
     mixed = mixer(images, target, model=model, generator=dice)
     dice.set_state(state)
     objects = masks.float().expand(-1, images.shape[1], -1, -1).contiguous()
     replay = mixer(objects, target, model=model, generator=dice)
     weight = mixed.lam.view(-1, 1, 1, 1) if mixed.mask is None else mixed.mask
-    first = (weight * objects)[:, :1].expand(-1, 1, *images.shape[2:])
-    if mixed.mask is None or torch.equal(replay.mask, mixed.mask): second = replay.images[:, :1] - first
+    first = (weight * objects)[:, :1]
+    pairs = [(getattr(mixed, part), getattr(replay, part)) for part in ("partner", "lam", "mask")]
+    if all(one is other or torch.equal(one, other) for one, other in pairs): second = replay.images[:, :1] - first
     else:
-        expected = weight * images + (1 - weight) * images[mixed.partner]
-        if not torch.allclose(mixed.images, expected, atol=1e-4):
-            raise ValueError(f"`mixer` ({mixer}) moves pixels depending on what they show: nothing can be counted")
+        try: check_pixels(images, mixed, tolerance=PRECISION[images.dtype])
+        except AssertionError as error:
+            raise ValueError(f"`mixer` ({mixer}) moves pixels by what they show, so nothing can be counted") from error
         second = (1 - weight) * objects[mixed.partner][:, :1]
     return mixed, first.sum((1, 2, 3)), second.sum((1, 2, 3)).clamp(min=0)
 
@@ -62,8 +64,11 @@ def agreement(
     repeats:int=1000, # Bootstrap samples
     seed:int=0, # Their seed
 )->dict: # "error" and "correlation", each (value, low, high); "n" mixtures, and "hidden", the share that was left out
-    "Mean absolute error and correlation with the truth, with 95 % intervals; `ValueError` for fewer than 3 mixtures"
-    share = check_lam(share, truth)
+    "Mean absolute error and correlation, with 95 % intervals; `ValueError` for wrong shares or fewer than 3 mixtures"
+    if share.ndim != 1 or share.shape != truth.shape:
+        raise ValueError("`share` and `truth` must have one shape (N,), got "
+                         f"{tuple(share.shape)} and {tuple(truth.shape)}")
+    if not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"`share` must be in [0, 1], got {share.aminmax()}")
     check_whole("repeats", repeats, 1)
     known = ~truth.isnan()
     share, truth = share[known].double(), truth[known].double()
