@@ -1,4 +1,6 @@
 "Drawn images with masks, and photographs with masks"
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,16 @@ def test_texture_changes_colours_and_not_the_outline():
     colors = first.view(len(SHAPES), len(TEXTURES), -1)
     for a in range(len(TEXTURES)):
         for b in range(a): assert (colors[:, a] != colors[:, b]).any(1).all()
+
+
+def test_masks_are_as_large_as_their_shapes_whatever_the_texture():
+    found = scenes(3000, cut_off=0.0)
+    area = found.masks.double().mean((1, 2, 3))
+    squared_radius = (0.4**3 - 0.2**3) / 3 / 0.2  # mean square of a radius between 0.2 and 0.4
+    for shape, unit in {"disc": math.pi * 0.95**2, "square": 1.4**2, "triangle": 3 * math.sqrt(3) / 4}.items():
+        for texture in TEXTURES:
+            mean = area[found.target == CLASSES.index(f"{texture} {shape}")].mean().item()
+            assert mean == pytest.approx(unit * squared_radius, rel=0.14), (texture, shape)
 
 
 @pytest.mark.parametrize(("arguments", "error", "pattern"), [
