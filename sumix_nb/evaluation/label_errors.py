@@ -110,7 +110,7 @@ def judge(
     joined = {name: torch.cat([part[name] for part in distances], 1).cpu() for name in distances[0]}
     return Judged(torch.cat(truth).cpu(), torch.cat(lam).float().cpu(), joined)
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #8bfcbcb4
+# %% ../../nbs/evaluation/20_label_errors.ipynb #01080916
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 STUDY_MIXERS = {
     "MixUp": MixUp(per_sample=True),
@@ -123,8 +123,8 @@ STUDY_MIXERS = {
 
 def label_errors(
     judged:Judged, # From `judge`
-    details:bool=False, # Intervals too, and the error with each of `SCALES`
-)->dict: # Name -> "error" and "correlation"
+    details:bool=False, # More: intervals, the error with each of `SCALES`, and [row, share] of the extremes
+)->dict: # Name -> "error" and "correlation", and if `details` "scaled", "harmed" and "helped"
     "How far each share is from the truth"
     found = {}
     for name in (AREA, *judged.distances):
@@ -134,6 +134,10 @@ def label_errors(
         if details and name != AREA:
             errors = [(judged.share(name, scale) - judged.truth).abs().nanmean().item() for scale in SCALES]
             found[name]["scaled"] = [round(error, 4) for error in errors]
+            share = judged.share(name)
+            gain = ((judged.lam - judged.truth).abs() - (share - judged.truth).abs()).nan_to_num()
+            for key, rows in (("harmed", gain.argsort()[:6]), ("helped", gain.argsort(descending=True)[:6])):
+                found[name][key] = [[row, round(share[row].item(), 3)] for row in rows.tolist()]
     return found
 
 
