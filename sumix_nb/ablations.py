@@ -21,6 +21,7 @@ ARMS = {
     "corrected": {"method": "sumix", "variant": "corrected"},
     "CutMix + clean BatchNorm": {"method": "mce_bn"},
     "CutMix + clean loss": {"method": "mce_clean"},
+    "CutMix, lr 0.12": {"lr": 0.12},
     "corrected, concat": {"method": "sumix", "variant": "corrected", "clean": "concat"},
     "poster, label only": {"method": "sumix", "variant": "poster", "xi": 0.0},
     "poster, regulariser only": {"method": "sumix", "variant": "poster", "relabel": False},

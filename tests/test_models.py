@@ -9,7 +9,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import sumix_nb.models
-from sumix_nb.models import MODELS, FeatureTap, find_classifier, get_model, logits_and_features, named_linears, resnet18
+from sumix_nb.callback import HEAD_NAME, attach_head
+from sumix_nb.models import (
+    MODELS,
+    RESNETS,
+    STAGES,
+    FeatureTap,
+    as_maps,
+    find_classifier,
+    get_model,
+    logits_and_features,
+    named_linears,
+    resnet18,
+)
+from sumix_nb.uncertainty import UncertaintyHead
 
 
 def images(n=2, size=32): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -170,7 +183,7 @@ def test_resnet18_has_the_published_number_of_parameters():
     def count(model): return sum(p.numel() for p in model.parameters())
     assert count(resnet18(1000, stem="standard")) == count(torchvision.models.resnet18(weights=None)) == 11689512
     assert count(resnet18(100)) == 11220132
-    assert list(MODELS) == ["resnet18"] and MODELS["resnet18"] is resnet18
+    assert MODELS["resnet18"] is resnet18 and count(get_model("resnet18", 100)) == 11220132  # as published by default
 
 
 def test_the_standard_network_computes_what_torchvisions_does():
@@ -212,3 +225,66 @@ def test_every_public_name_is_there_and_documented():
     for name in sumix_nb.models.__all__:
         value = getattr(sumix_nb.models, name)
         assert not callable(value) or inspect.getdoc(value), name
+
+
+SMALL = {"resnet18": {"width": 4}, "resnext50": {"width": 16}, "wrn28_8": {"width": 16},
+         "deit_small": {"width": 64, "size": 32}, "swin_tiny": {"width": 32, "size": 32}}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_is_narrow_on_request_trains_and_shows_features_and_maps(name):
+    torch.manual_seed(0)
+    model, x, target = get_model(name, 7, **SMALL[name]), images(4, 32), torch.arange(4)
+    logits, features = logits_and_features(model, x)
+    classifier = find_classifier(model)
+    assert logits.shape == (4, 7) and features.shape == (4, classifier.in_features)
+    torch.testing.assert_close(logits, classifier(features))
+    F.cross_entropy(logits, target).backward()
+    missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+    seen = []
+    model.get_submodule(STAGES[name]).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.eval()(x)
+    maps = as_maps(seen[0], channels_last=name == "swin_tiny")
+    assert maps.ndim == 4 and maps.shape[2] == maps.shape[3] and maps.shape[0] == 4
+
+
+def test_tokens_become_maps_row_by_row():
+    tokens = torch.arange(2 * 10 * 3.0).view(2, 10, 3)
+    maps = as_maps(tokens)
+    for row in range(3):
+        for col in range(3): assert torch.equal(maps[:, :, row, col], tokens[:, 1 + 3 * row + col])
+    last = torch.rand(2, 4, 5, 3)
+    assert torch.equal(as_maps(last, channels_last=True)[1, 2], last[1, :, :, 2]) and as_maps(last) is last
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_imagenet_weights_fill_all_but_the_classifier(name, monkeypatch):
+    published, asked = MODELS[name](1000, stem="standard"), []
+
+    def get_state_dict(self, **options):
+        asked.append(options)
+        return published.state_dict()
+
+    monkeypatch.setattr(type(RESNETS[name]), "get_state_dict", get_state_dict)
+    model = get_model(name, 5, stem="standard", pretrained=True)
+    assert asked == [{"progress": False, "check_hash": True, "weights_only": True}]
+    for key, value in model.state_dict().items():
+        if key.startswith("fc."): assert value.shape[0] == 5
+        else: assert torch.equal(value, published.state_dict()[key])
+    with pytest.raises(ValueError, match="`pretrained` needs the published width"): get_model(name, 5, pretrained=True)
+    with pytest.raises(ValueError, match="`pretrained` needs"):
+        get_model(name, 5, width=16, stem="standard", pretrained=True)
+
+
+def test_without_timm_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(sumix_nb.models, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install .sumix_nb\[models\]"): get_model("swin_tiny", 10)
+
+
+@pytest.mark.parametrize("name", ["resnext50", "wrn28_8", "deit_small", "swin_tiny"])
+def test_the_uncertainty_head_fits_every_network(name):
+    model = get_model(name, 7, **SMALL[name]).eval()
+    before, classifier = model(images(2, 32)), find_classifier(model)
+    attach_head(classifier, UncertaintyHead(classifier.in_features, 7))
+    assert HEAD_NAME in dict(classifier.named_children()) and torch.equal(model(images(2, 32)), before)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENCODINGS', 'ALTERNATIVES', 'AREA', 'SCALES', 'STUDY_MIXERS', 'TRAININGS', 'SEEDS', 'all_distances', 'Judged',
-           'judge', 'label_errors', 'LabelErrorLog', 'study_recipe', 'run_study']
+           'judge', 'join', 'label_errors', 'LabelErrorLog', 'study_recipe', 'run_study']
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #c90d6d9f
+# %% ../../nbs/evaluation/20_label_errors.ipynb #303ba735
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,24 +59,28 @@ def all_distances(
         found[name] = torch.stack([distance(probs_mixed, source) for source in probs])
     return found
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #3af3bc01
+# %% ../../nbs/evaluation/20_label_errors.ipynb #6ae0bc7a
 AREA = "area"
 
 
 class Judged(NamedTuple):
     "What mixtures show, and what a network makes of them"
-    truth:Tensor # (M,) lambda*; NaN where no object is visible
+    truth:Tensor # (M,) lambda*; NaN where no object is visible, or both images are of one class
     lam:Tensor # (M,) shares of the mixer
     distances:dict # Name -> (2, M), see `all_distances`
+    sources:Tensor # (2, M) rows of the images that each mixture is made of
+    beliefs:Tensor # (2, M) probabilities that the network gives their classes when it sees the mixture
 
     def share(self,
         name:str, # `AREA`, or one of `distances`
         scale:float=1.0, # Factor on the distances
     )->Tensor: # (M,)
-        "lambda, or lambda~ in one of its forms"
+        "lambda, or lambda~ in one of its forms; `ValueError` for an unknown name"
+        if name != AREA and name not in self.distances:
+            raise ValueError(f"`name` must be one of {(AREA, *self.distances)}, got {name!r}")
         return self.lam if name == AREA else ratio_from_distances(self.lam, *(scale * self.distances[name]))
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #2a249391
+# %% ../../nbs/evaluation/20_label_errors.ipynb #e229cb5e
 @torch.no_grad()
 def judge(
     model:nn.Module, # A classifier; its mode is as before afterwards
@@ -85,9 +90,9 @@ def judge(
     mean:tuple, # Mean of each channel that the network was trained with, in [0, 1]
     std:tuple, # Its standard deviation, same scale
     bs:int=100, # Images mixed with each other; those left over are not used
-    seed:int=0, # Seed of the mixtures
+    seed:int=0, # Seed of the order of the images and of the mixtures
 )->Judged:
-    "Mix all images, and look at mixtures and sources in evaluation mode; `ValueError` for fewer than `bs` images"
+    "Mix images, and look at mixtures and sources in evaluation mode; `ValueError` for fewer than `bs` images"
     check_whole("bs", bs, 2)
     if len(data) < bs: raise ValueError(f"`data` must hold at least {bs} images, one batch, got {len(data)}")
     device = next(model.parameters()).device
@@ -96,7 +101,7 @@ def judge(
     parts = []
     model.eval()
     try:
-        for rows in torch.arange(len(data)).split(bs):
+        for rows in torch.randperm(len(data), generator=generator).split(bs):
             if len(rows) < bs: break
             images = ((data.images[rows] / 255 - middle) / spread).to(device)
             target, masks = data.target[rows].to(device), data.masks[rows].to(device)
@@ -104,14 +109,24 @@ def judge(
             outputs, outputs_mixed = (logits_and_features(model, batch) for batch in (images, mixed.images))
             partners = [output[mixed.partner] for output in outputs]
             distances = all_distances(outputs_mixed, outputs, partners, mixed.target_a, mixed.target_b)
-            parts.append((true_ratio(*visible), mixed.lam, distances))
+            truth = true_ratio(*visible).masked_fill(mixed.target_a == mixed.target_b, math.nan)
+            probs, classes = outputs_mixed[0].softmax(1), torch.stack([mixed.target_a, mixed.target_b])
+            sources, beliefs = torch.stack([rows, rows[mixed.partner.cpu()]]), probs.gather(1, classes.T).T
+            parts.append(Judged(truth.cpu(), mixed.lam.float().cpu(), distances, sources, beliefs.cpu()))
     finally: model.train(training)
-    truth, lam, distances = zip(*parts)
-    joined = {name: torch.cat([part[name] for part in distances], 1).cpu() for name in distances[0]}
-    return Judged(torch.cat(truth).cpu(), torch.cat(lam).float().cpu(), joined)
+    return join(parts)
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #01080916
-SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+
+def join(
+    parts:list[Judged], # Of the same network
+)->Judged: # All of them in one
+    "Several judgements together"
+    distances = {name: torch.cat([part.distances[name] for part in parts], 1).cpu() for name in parts[0].distances}
+    return Judged(torch.cat([part.truth for part in parts]), torch.cat([part.lam for part in parts]), distances,
+                  torch.cat([part.sources for part in parts], 1), torch.cat([part.beliefs for part in parts], 1))
+
+# %% ../../nbs/evaluation/20_label_errors.ipynb #5b59f2a4
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 STUDY_MIXERS = {
     "MixUp": MixUp(per_sample=True),
     "CutMix": CutMix(per_sample=True),
@@ -123,35 +138,43 @@ STUDY_MIXERS = {
 
 def label_errors(
     judged:Judged, # From `judge`
-    details:bool=False, # More: intervals, the error with each of `SCALES`, and [row, share] of the extremes
-)->dict: # Name -> "error" and "correlation", and if `details` "scaled", "harmed" and "helped"
-    "How far each share is from the truth"
-    found = {}
+    details:bool=False, # More: intervals, the error with each of `SCALES`, and the extremes
+)->dict: # Name -> "error", "correlation", "gain"; in detail "scaled", and "helped", "harmed": [row, share, beliefs]
+    "How far each share is from the truth, and how much nearer than the area"
+    found, options = {}, {"baseline": judged.lam, "sources": judged.sources, "repeats": 1000 if details else 1}
     for name in (AREA, *judged.distances):
-        measured = agreement(judged.share(name), judged.truth, repeats=1000 if details else 1)
+        share = judged.share(name)
+        measured = agreement(share, judged.truth, **options)
         found[name] = {key: [round(value, 4) for value in measured[key][:3 if details else 1]]
-                       for key in ("error", "correlation")}
-        if details and name != AREA:
+                       for key in ("error", "correlation", "gain")}
+        if name == AREA: found[name]["hidden"] = round(measured["hidden"], 4)
+        elif details:
             errors = [(judged.share(name, scale) - judged.truth).abs().nanmean().item() for scale in SCALES]
             found[name]["scaled"] = [round(error, 4) for error in errors]
-            share = judged.share(name)
             gain = ((judged.lam - judged.truth).abs() - (share - judged.truth).abs()).nan_to_num()
             for key, rows in (("harmed", gain.argsort()[:6]), ("helped", gain.argsort(descending=True)[:6])):
-                found[name][key] = [[row, round(share[row].item(), 3)] for row in rows.tolist()]
+                facts = zip(rows.tolist(), torch.stack([share, *judged.beliefs])[:, rows].T.tolist())
+                found[name][key] = [[row, *(round(value, 3) for value in fact)] for row, fact in facts]
     return found
 
 
 class LabelErrorLog(Callback):
-    "Judges the network of a Learner after each epoch, into `epochs`: mixer -> share -> errors"
+    "Judges the network of a Learner before training and after each epoch, into `epochs`: mixer -> share -> errors"
     order = Recorder.order + 1
 
     def __init__(self,
         data:MaskedImages, # Images to mix
     ): self.data, self.epochs = data, []
 
-    def after_epoch(self):
+    def before_fit(self): self.look(last=False)
+
+    def after_epoch(self): self.look(last=self.learn.epoch == self.learn.n_epoch - 1)
+
+    def look(self,
+        last:bool, # Is this the last time? Then in detail
+    ):
         "Judge"
-        last, source = self.learn.epoch == self.learn.n_epoch - 1, SOURCES["scenes"]
+        source = SOURCES["scenes"]
         judged = {name: judge(self.learn.model, self.data, mixer, mean=source.mean, std=source.std)
                   for name, mixer in STUDY_MIXERS.items()}
         self.epochs.append({name: label_errors(found, details=last) for name, found in judged.items()})
