@@ -21,6 +21,7 @@ from sumix_nb.evaluation.label_errors import (
     TRAININGS,
     Judged,
     all_distances,
+    join,
     judge,
     label_errors,
     run_study,
@@ -61,7 +62,7 @@ def test_distances_are_those_of_the_ratio():
     targets = {"target_a": torch.tensor([0, 1, 2, 3, 0, 1]), "target_b": torch.tensor([3, 2, 2, 1, 1, 0])}
     found = all_distances(*outputs, **targets)
     assert len(found) == 10 and all(values.shape == (2, 6) for values in found.values())
-    judged = Judged(torch.rand(6), torch.full((6,), 0.3), found)
+    judged = Judged(torch.rand(6), torch.full((6,), 0.3), found, torch.zeros(2, 6), torch.zeros(2, 6))
     for variant, name in (("poster", "logits"), ("released", "logits"), ("corrected", "logits"),
                           ("poster", "features"), ("released", "probabilities")):
         z = [ENCODINGS[name](*output) for output in outputs]
@@ -79,29 +80,49 @@ def test_judging_mixes_in_batches_and_looks_in_evaluation_mode():
     assert model.training and found.truth.shape == (20,)  # the last five are no batch
     dice, mean, std = torch.Generator().manual_seed(4), *(torch.tensor(FACTS[key]).view(3, 1, 1) for key in FACTS)
     model.eval()
-    for start in (0, 10):
-        rows = slice(start, start + 10)
+    order = torch.randperm(25, generator=dice)
+    for part in (slice(0, 10), slice(10, 20)):
+        rows = order[part]
         images = (data.images[rows] / 255 - mean) / std
         mixed, *visible = visible_objects(CutMix(per_sample=True), images, data.target[rows], data.masks[rows],
                                           generator=dice)
         expected = mix_ratio(model(mixed.images), model(images), model(images)[mixed.partner], mixed.lam)
-        torch.testing.assert_close(found.share("poster, logits")[rows], expected.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.truth[rows], true_ratio(*visible), equal_nan=True)
-        torch.testing.assert_close(found.share(AREA)[rows], mixed.lam)
+        torch.testing.assert_close(found.share("poster, logits")[part], expected.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.sources[:, part], torch.stack([rows, rows[mixed.partner]]))
+        truth, probs = true_ratio(*visible), model(mixed.images).softmax(1)
+        for i in range(10):
+            a, b = mixed.target_a[i], mixed.target_b[i]
+            if a == b: assert found.truth[part][i].isnan()
+            else: assert found.truth[part][i] == truth[i]
+            torch.testing.assert_close(found.beliefs[:, part][:, i], probs[i, [a, b]].detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.share(AREA)[part], mixed.lam)
+
+
+def test_judgements_are_joined_in_order():
+    data, model = scenes(12, 24, seed=3), Colours()
+    parts = [judge(model, data, CutMix(per_sample=True), **FACTS, bs=6, seed=seed) for seed in (0, 1)]
+    both = join(parts)
+    assert torch.equal(both.lam, torch.cat([part.lam for part in parts])) and both.sources.shape == (2, 24)
+    assert torch.equal(both.distances["Euclidean"][:, 12:], parts[1].distances["Euclidean"])
+    with pytest.raises(ValueError, match="`name` must be one of"): both.share("nothing")
 
 
 def test_errors_scales_and_extremes_by_hand():
     truth, lam = torch.tensor([0.9, 0.1, math.nan, 0.5]), torch.tensor([0.5, 0.5, 0.5, 0.5])
     distances = {"one": torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])}
-    found = label_errors(Judged(truth, lam, distances), details=True)
+    sources, beliefs = torch.arange(8).view(2, 4), torch.tensor([[0.7, 0.6, 0.5, 0.4], [0.1, 0.2, 0.3, 0.35]])
+    found = label_errors(Judged(truth, lam, distances, sources, beliefs), details=True)
     up = 1 / (1 + math.exp(-1))
     assert found[AREA]["error"][0] == pytest.approx(0.8 / 3, abs=1e-4) and "scaled" not in found[AREA]
+    assert found[AREA]["hidden"] == 0.25 and found[AREA]["gain"] == [0, 0, 0]
     assert found["one"]["error"][0] == pytest.approx((0.9 - up + up - 0.1) / 3, abs=1e-4)
+    assert found["one"]["gain"][0] == pytest.approx(0, abs=1e-4)  # what the first gains the second loses
     for scale, error in zip(SCALES, found["one"]["scaled"], strict=True):
         share = 1 / (1 + math.exp(-scale))
         assert error == pytest.approx((abs(0.9 - share) + share - 0.1) / 3, abs=1e-4)
-    assert found["one"]["harmed"][0] == [1, round(up, 3)] and found["one"]["helped"][0] == [0, round(up, 3)]
-    assert len(label_errors(Judged(truth, lam, distances))["one"]["error"]) == 1
+    assert found["one"]["harmed"][0] == [1, round(up, 3), 0.6, 0.2]
+    assert found["one"]["helped"][0] == [0, round(up, 3), 0.7, 0.1]
+    assert len(label_errors(Judged(truth, lam, distances, sources, beliefs))["one"]["error"]) == 1
 
 
 def test_the_study_trains_what_is_missing_and_judges_after_every_epoch(tmp_path, monkeypatch):
@@ -118,9 +139,9 @@ def test_the_study_trains_what_is_missing_and_judges_after_every_epoch(tmp_path,
     run_study(out=tmp_path, most=1)
     record, = [file for file in load_records_of(tmp_path) if file]
     assert record["recipe"]["mixer"] == "cutmix" and record["recipe"]["method"] == "mce"
-    assert len(record["label_errors"]) == 2 and set(record["label_errors"][0]) == set(small)
-    first, last = (epoch["CutMix"] for epoch in record["label_errors"])
-    assert first[AREA] == {key: values[:1] for key, values in last[AREA].items()}  # the same mixtures
+    assert len(record["label_errors"]) == 3 and set(record["label_errors"][0]) == set(small)
+    first, _, last = (epoch["CutMix"] for epoch in record["label_errors"])
+    assert first[AREA]["error"] == last[AREA]["error"][:1]  # the same mixtures
     assert any(first[name]["error"] != last[name]["error"][:1] for name in first)  # another network
     assert len(last["poster, logits"]["error"]) == 3 and len(last["poster, logits"]["scaled"]) == len(SCALES)
 

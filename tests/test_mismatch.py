@@ -121,3 +121,23 @@ def test_the_headline_of_the_page_the_area_is_off_by_a_fifth_for_boxes_pasted_bl
         mixed, *visible = count(mixer, data.images / 255, data.target, data.masks, 3)
         errors[name] = agreement(mixed.lam, true_ratio(*visible), repeats=50)["error"][0]
     assert 0.17 < errors["cutmix"] < 0.23 and errors["resizemix"] < 0.12
+
+
+def test_images_are_drawn_where_sources_are_known():
+    generator = torch.Generator().manual_seed(0)
+    share, truth, other = torch.rand(3, 30, generator=generator, dtype=torch.float64)
+    truth[4] = math.nan
+    sources = torch.stack([torch.arange(30) % 12 + 40, (5 * torch.arange(30)) % 12 + 40])
+    found = agreement(share, truth, repeats=300, seed=7, baseline=other, sources=sources)
+    known = [i for i in range(30) if i != 4]
+    images = sorted({int(sources[k, i]) for k in (0, 1) for i in known})
+    dice, values = torch.Generator().manual_seed(7), {"error": [], "gain": []}
+    for drawn in torch.randint(len(images), (300, len(images)), generator=dice).tolist():
+        times = {image: sum(images[row] == image for row in drawn) for image in images}
+        weights = [times[int(sources[0, i])] * times[int(sources[1, i])] for i in known]
+        errors = [float(abs(share[i] - truth[i])) for i in known]
+        gains = [float(abs(other[i] - truth[i])) - error for i, error in zip(known, errors, strict=True)]
+        for name, each in (("error", errors), ("gain", gains)):
+            values[name].append(sum(w * e for w, e in zip(weights, each, strict=True)) / sum(weights))
+    for name, each in values.items():
+        np.testing.assert_allclose(found[name][1:], np.quantile(each, [0.025, 0.975]), rtol=1e-9)
