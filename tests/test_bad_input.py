@@ -224,7 +224,7 @@ CASES = [
      r"`features` must have the shape \(N, 6\), got \(4, 3, 6, 6\)"),
     # models
     ("models: unknown name", lambda: get_model("resnet", 10), ValueError,
-     r"`name` must be one of \['resnet18'.*got 'resnet'"),
+     r"`name` must be one of .*'resnet18'.*got 'resnet'"),
     ("models: unknown stem", lambda: get_model("resnet18", 10, stem="tiny"), ValueError,
      r'`stem` must be "small" or "standard", got \'tiny\''),
     *[(f"models: {c!r} classes", partial(get_model, "resnet18", c), ValueError,
