@@ -13,7 +13,7 @@ from fastcore.script import call_parse
 from .training import Recipe, mean_and_spread, train
 
 # %% ../nbs/experiments/18_ablations.ipynb #87c17ed6
-BASE = {"data": "cifar100", "mixer": "cutmix", "epochs": 12, "precision": "bf16"}
+BASE = {"data": "cifar100", "mixer": "cutmix", "epochs": 12, "momentum": 0.0, "precision": "bf16"}
 ARMS = {
     "CutMix": {},
     "poster": {"method": "sumix", "variant": "poster"},

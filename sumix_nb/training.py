@@ -226,8 +226,8 @@ def make_learner(
                 callbacks.append(SUMix(mixer, recipe.xi, recipe.variant, recipe.clean, recipe.update_bn, z=recipe.z,
                                        relabel=recipe.relabel, **options))
     with no_random(recipe.seed):
-        return Learner(dls, model, metrics=accuracy, cbs=callbacks, opt_func=partial(SGD, decouple_wd=False),
-                       wd=recipe.weight_decay, wd_bn_bias=True, moms=(recipe.momentum,) * 3)
+        return Learner(dls, model, metrics=accuracy, cbs=callbacks, wd=recipe.weight_decay, wd_bn_bias=True,
+                       opt_func=partial(SGD, mom=recipe.momentum, decouple_wd=False), moms=(recipe.momentum,) * 3)
 
 # %% ../nbs/experiments/10_training.ipynb #5fbdf691
 def train(

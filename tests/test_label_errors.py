@@ -21,11 +21,14 @@ from sumix_nb.evaluation.label_errors import (
     TRAININGS,
     Judged,
     all_distances,
+    error_table,
     join,
     judge,
     label_errors,
     run_study,
+    seed_values,
     study_recipe,
+    study_records,
 )
 from sumix_nb.evaluation.mismatch import true_ratio, visible_objects
 from sumix_nb.evaluation.photographs import (
@@ -40,7 +43,8 @@ from sumix_nb.evaluation.photographs import (
 from sumix_nb.mixers import CutMix
 from sumix_nb.ratio import mix_ratio
 from sumix_nb.scenes import scenes
-from sumix_nb.training import Recipe
+from sumix_nb.training import Recipe, load_records
+from tests.conftest import ROOT
 
 FACTS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 
@@ -208,3 +212,44 @@ def test_studies_of_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="`bs`"): judge(Colours(), scenes(5, 24), CutMix(), **FACTS, bs=0)
     assert len({study_recipe(training, seed).name for training in TRAININGS for seed in SEEDS}) == 12
     assert len({arm_recipe(arm).name for arm in PHOTO_ARMS}) == 3 and SOURCES["cifar100"].n_classes == 100
+
+
+@pytest.mark.parametrize("training", ["plain", "CutMix", "SUMix corrected"])
+def test_the_headline_follows_from_the_records(training):
+    "lambda~ is nearer to the truth than lambda for mixers that hide objects, in every network; as released it is not"
+    runs = study_records(load_records(ROOT / "results/label_errors"))[training]
+    assert sorted(runs) == list(SEEDS)
+    for run in runs.values():
+        assert run["recipe"] | {"seed": 0} == study_recipe(training).__dict__ | {"seed": 0}
+        assert len(run["label_errors"]) == run["recipe"]["epochs"] + 1
+        before, after = run["label_errors"][0], run["label_errors"][-1]
+        for mixer in ("CutMix", "FMix", "SaliencyMix"):
+            area, poster, corrected, released = (after[mixer][name] for name in (
+                AREA, "poster, logits", "corrected, logits", "released, logits"))
+            assert poster["gain"][1] > 0 and corrected["gain"][1] > 0 and released["gain"][2] < 0
+            assert corrected["error"][0] < poster["error"][0] < area["error"][0] < released["error"][0] / 2
+            assert abs(poster["gain"][0] - (area["error"][0] - poster["error"][0])) < 2e-4
+            assert abs(before[mixer]["poster, logits"]["gain"][0]) < 1e-3  # an untrained network knows nothing
+        assert after["ResizeMix"]["corrected, logits"]["gain"][0] < 0
+
+
+def test_the_area_is_the_same_in_every_record():
+    found = study_records(load_records(ROOT / "results/label_errors"))
+    runs = [run for seeds in found.values() for run in seeds.values()]
+    for mixer in STUDY_MIXERS:
+        assert len({str(run["label_errors"][-1][mixer][AREA]["error"]) for run in runs}) == 1  # the same mixtures
+
+
+def test_photographs_do_not_want_the_factor_that_scenes_want():
+    for file in sorted((ROOT / "results/photographs").glob("*.json")):
+        found = json.loads(file.read_text())["photographs"]
+        errors = found["label_errors"]["CutMix"]
+        assert found["n"] == 165 and errors["poster, logits"]["gain"][1] > 0
+        assert errors["poster, logits"]["scaled"][SCALES.index(4.0)] > errors[AREA]["error"][0]
+
+
+def test_tables_average_over_seeds():
+    records = [{"name": study_recipe("plain", seed).name, "label_errors": [{"CutMix": {AREA: {"error": [value]}}}]}
+               for seed, value in ((0, 0.1), (1, 0.3))]
+    assert seed_values(records, "CutMix", AREA) == {"plain": {0: 0.1, 1: 0.3}}
+    assert error_table(records, "CutMix", (AREA,)).splitlines()[1].split() == ["area", "20.0", "±", "14.1"]

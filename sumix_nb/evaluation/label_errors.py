@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENCODINGS', 'ALTERNATIVES', 'AREA', 'SCALES', 'STUDY_MIXERS', 'TRAININGS', 'SEEDS', 'all_distances', 'Judged',
-           'judge', 'join', 'label_errors', 'LabelErrorLog', 'study_recipe', 'run_study']
+           'judge', 'join', 'label_errors', 'LabelErrorLog', 'study_recipe', 'run_study', 'study_records',
+           'seed_values', 'error_table']
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #303ba735
+# %% ../../nbs/evaluation/20_label_errors.ipynb #0cfec516
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from ..mixers.core import check_whole
 from ..models import logits_and_features
 from ..ratio import VARIANTS, own_distance, ratio_from_distances, source_distances
 from ..scenes import MaskedImages, scenes
-from ..training import Recipe, make_learner, train, write_record
+from ..training import Recipe, make_learner, mean_and_spread, train, write_record
 
 # %% ../../nbs/evaluation/20_label_errors.ipynb #50da9d3c
 ENCODINGS = {
@@ -179,7 +180,7 @@ class LabelErrorLog(Callback):
                   for name, mixer in STUDY_MIXERS.items()}
         self.epochs.append({name: label_errors(found, details=last) for name, found in judged.items()})
 
-# %% ../../nbs/evaluation/20_label_errors.ipynb #8d2fa641
+# %% ../../nbs/evaluation/20_label_errors.ipynb #5d939634
 TRAININGS = {
     "plain": {"mixer": "none"},
     "CutMix": {"mixer": "cutmix"},
@@ -195,7 +196,7 @@ def study_recipe(
 )->Recipe:
     "The recipe of one network; `ValueError` for an unknown training"
     if training not in TRAININGS: raise ValueError(f"`training` must be one of {tuple(TRAININGS)}, got {training!r}")
-    return Recipe(data="scenes", epochs=8, precision="bf16", seed=seed, **TRAININGS[training])
+    return Recipe(data="scenes", epochs=8, momentum=0.0, precision="bf16", seed=seed, **TRAININGS[training])
 
 
 @call_parse
@@ -211,3 +212,43 @@ def run_study(
         log = LabelErrorLog(scenes(2000, seed=2))
         learn.add_cb(log)
         write_record(train(recipe, learn=learn) | {"label_errors": log.epochs}, out)
+
+# %% ../../nbs/evaluation/20_label_errors.ipynb #6f64f7f3
+def study_records(
+    records:list[dict], # Records of `run_study`
+)->dict[str, dict[int, dict]]: # Training -> seed -> record, of those that there are
+    "Records by training and seed"
+    by_name, found = {record["name"]: record for record in records}, {}
+    for training in TRAININGS:
+        names = {seed: study_recipe(training, seed).name for seed in SEEDS}
+        runs = {seed: by_name[name] for seed, name in names.items() if name in by_name}
+        if runs: found[training] = runs
+    return found
+
+
+def seed_values(
+    records:list[dict], # Records of `run_study`
+    mixer:str, # One of `STUDY_MIXERS`
+    share:str, # `AREA`, or one of the shares
+    measure:str="error", # "error", "correlation" or "gain"
+    epoch:int=-1, # 0 is before training; the last by default
+)->dict[str, dict[int, float]]: # Training -> seed -> value
+    "One number of the study, for every network"
+    return {training: {seed: run["label_errors"][epoch][mixer][share][measure][0] for seed, run in runs.items()}
+            for training, runs in study_records(records).items()}
+
+
+def error_table(
+    records:list[dict], # Records of `run_study`
+    mixer:str, # One of `STUDY_MIXERS`
+    shares:tuple, # Names of shares
+    measure:str="error", # "error", "correlation" or "gain"
+)->str: # Lines of text
+    "A measure of each share, for every training: mean and standard deviation over seeds, times 100"
+    rows = {share: seed_values(records, mixer, share, measure) for share in shares}
+    trainings = next(iter(rows.values()))
+    lines = [f"{mixer:<26}" + "".join(f"{training:>18}" for training in trainings)]
+    for share, values in rows.items():
+        lines.append(f"{share:<26}" + "".join(
+            f"{mean_and_spread([100 * value for value in values[training].values()]):>18}" for training in trainings))
+    return "\n".join(lines)
