@@ -2,9 +2,9 @@
 import pytest
 
 from sumix_nb import ablations
-from sumix_nb.ablations import ARMS, BASE, SEEDS, ablation_table, arm_accuracies, arm_recipe, missing, run_ablations
+from sumix_nb.ablations import ARMS, BASE, ablation_table, arm_accuracies, arm_recipe, missing, run_ablations
 from sumix_nb.ratio import VARIANTS
-from sumix_nb.training import load_records
+from sumix_nb.training import SEEDS, load_records
 from tests.conftest import ROOT
 
 

@@ -16,7 +16,6 @@ from sumix_nb.evaluation.label_errors import (
     AREA,
     ENCODINGS,
     SCALES,
-    SEEDS,
     STUDY_MIXERS,
     TRAININGS,
     Judged,
@@ -43,7 +42,7 @@ from sumix_nb.evaluation.photographs import (
 from sumix_nb.mixers import CutMix
 from sumix_nb.ratio import mix_ratio
 from sumix_nb.scenes import scenes
-from sumix_nb.training import Recipe, load_records
+from sumix_nb.training import SEEDS, Recipe, load_records
 from tests.conftest import ROOT
 
 FACTS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}

@@ -145,6 +145,8 @@ def test_a_missing_or_cut_table_is_named(name, table, tmp_path, few):
 def test_a_missing_training_folder_is_named(name, tmp_path, few):
     with pytest.raises(FileNotFoundError, match="no folder .*train"): MAKERS[name][1](tmp_path)
     assert list_folder(tmp_path / "nowhere") == [] and class_folders(tmp_path) == []
+    for hidden in ("._a.JPEG", "a.JPEG", "a.txt"): (tmp_path / hidden).touch()
+    assert list_folder(tmp_path) == [tmp_path / "a.JPEG"]
 
 
 def test_classes_must_be_known(tmp_path, few):

@@ -16,14 +16,20 @@ from torch.nn import functional as F
 
 from ..ablations import arm_recipe
 from ..data import SOURCES, decode_images, find_root, read_folders
-from .label_errors import all_distances, join, judge, label_errors
+from sumix_nb.evaluation.label_errors import (
+    all_distances,
+    join,
+    judge,
+    judged_mixers,
+    label_errors,
+    look,
+    normalised,
+)
 from .mismatch import true_ratio
-from ..mixers import CutMix, FMix, MixUp, ResizeMix, SaliencyMix
 from ..mixers.core import box_ratio, check_number, cut_and_paste, mixing_box
-from ..models import logits_and_features
 from ..ratio import ratio_from_distances
 from ..scenes import MaskedImages
-from ..training import make_learner, train, write_record
+from ..training import make_learner, train, unrecorded, write_record
 
 # %% ../../nbs/evaluation/30_photographs.ipynb #c02d48d6
 WHITE = 235
@@ -82,17 +88,13 @@ def move_box(
     box = mixing_box(torch.full(row.shape, lam, dtype=torch.float64), height, width, (row, col))
     inside = box_ratio(box, height, width) == box_ratio(box, height, width).min()
     box, n = tuple(edge[inside] for edge in box), int(inside.sum())
-    middle, spread = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    pair = ((data.images[[first, second]] / 255 - middle) / spread).to(device)
+    pair = normalised(data.images[[first, second]], mean, std, device)
     masks = data.masks[[first, second]].float().to(device)
     edges = tuple(torch.cat([edge, edge[:1]]) for edge in box)  # the last row is the second image, for all to cut from
     rows = torch.cat([torch.zeros(n, dtype=torch.long), torch.ones(1, dtype=torch.long)]).to(device)
     partner = torch.full((n + 1,), n, device=device)
     mixed, keep = cut_and_paste(pair[rows], partner, edges)
-    training = model.training
-    model.eval()
-    try: outputs, outputs_mixed = (logits_and_features(model, batch) for batch in (pair, mixed[:n]))
-    finally: model.train(training)
+    outputs, outputs_mixed = look(model, pair, mixed[:n])
     sources = [[output[i].expand(n, -1) for output in outputs] for i in (0, 1)]
     targets = [data.target[i].to(device).expand(n) for i in (first, second)]
     distances = all_distances(outputs_mixed, *sources, *targets)
@@ -105,13 +107,7 @@ def move_box(
 
 # %% ../../nbs/evaluation/30_photographs.ipynb #bc90b309
 PHOTO_ARMS = ("CutMix", "poster", "corrected")
-PHOTO_MIXERS = {
-    "MixUp": MixUp(per_sample=True),
-    "CutMix": CutMix(per_sample=True),
-    "FMix": FMix(per_sample=True),
-    "ResizeMix": ResizeMix(per_sample=True),
-    "SaliencyMix": SaliencyMix(mean=SOURCES["cifar100"].mean, std=SOURCES["cifar100"].std, per_sample=True),
-}
+PHOTO_MIXERS = judged_mixers("cifar100")
 
 
 def judge_photographs(
@@ -146,8 +142,7 @@ def run_photographs(
     seed:int=2, # Seed of the networks
 ):
     "Train and judge every network that has no record"
-    for recipe in (arm_recipe(arm, seed) for arm in PHOTO_ARMS):
-        if Path(out, f"{recipe.name}.json").is_file(): continue
+    for recipe in unrecorded([arm_recipe(arm, seed) for arm in PHOTO_ARMS], out):
         learn = make_learner(recipe, data_dir)
         record = train(recipe, learn=learn)
         write_record(record | {"photographs": judge_photographs(learn.model, cifar100_objects(data_dir))}, out)
