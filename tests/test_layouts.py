@@ -141,6 +141,12 @@ def test_a_missing_or_cut_table_is_named(name, table, tmp_path, few):
         with pytest.raises(ValueError, match=r"line \d+ of .* must have \d columns, got 'alone'"): read(root)
 
 
+def test_birds_with_a_one_are_for_training(tmp_path, few):
+    splits, _ = read_cub200(make_cub(tmp_path))
+    assert {file.stem[-1] for file in splits["train"][0]} == {"1"}  # as `make_cub` has it
+    assert {file.stem[-1] for file in splits["test"][0]} == {"0"}
+
+
 @pytest.mark.parametrize("name", ["tiny_imagenet", "imagenet"])
 def test_a_missing_training_folder_is_named(name, tmp_path, few):
     with pytest.raises(FileNotFoundError, match="no folder .*train"): MAKERS[name][1](tmp_path)

@@ -104,6 +104,20 @@ def test_every_variant_trains_in_bf16(variant, clean):
     assert 0 < epoch["lam"] < 1 and 0 < epoch["ratio"] < 1 and epoch["shift"] > 0
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_optimiser_has_the_momentum_of_its_recipe(momentum):
+    "Two steps with a gradient of 1 everywhere: the second one is longer by the momentum"
+    learn = make_learner(Recipe(width=4, bs=50, limit=50, momentum=momentum, weight_decay=0.0), device="cpu")
+    learn.create_opt()
+    learn.opt.set_hypers(lr=0.1, mom=momentum)
+    before = [parameter.detach().clone() for parameter in learn.model.parameters()]
+    for _ in range(2):
+        for parameter in learn.model.parameters(): parameter.grad = torch.ones_like(parameter)
+        learn.opt.step()
+    for old, new in zip(before, learn.model.parameters(), strict=True):
+        torch.testing.assert_close(old - new.detach(), torch.full_like(old, 0.1 * (2 + momentum)))
+
+
 def test_a_record_says_what_was_run_and_survives_json(tmp_path):
     recipe = replace(TINY, mixer="mixup")
     record = train(recipe, progress=False, folder=tmp_path)
