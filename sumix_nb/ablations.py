@@ -6,6 +6,7 @@
 __all__ = ['BASE', 'ARMS', 'arm_recipe', 'missing', 'run_ablations', 'arm_accuracies', 'ablation_table']
 
 # %% ../nbs/experiments/18_ablations.ipynb #9e08ebec
+from functools import partial
 from pathlib import Path
 
 from fastcore.script import call_parse
@@ -13,7 +14,7 @@ from fastcore.script import call_parse
 from .training import SEEDS, Recipe, mean_and_spread, records_by_seed, train, unrecorded
 
 # %% ../nbs/experiments/18_ablations.ipynb #87c17ed6
-BASE = {"data": "cifar100", "mixer": "cutmix", "epochs": 12, "momentum": 0.0, "precision": "bf16"}
+BASE = {"data": "cifar100", "mixer": "cutmix", "epochs": 12, "precision": "bf16"}
 ARMS = {
     "CutMix": {},
     "poster": {"method": "sumix", "variant": "poster"},
@@ -38,10 +39,11 @@ ARMS = {
 def arm_recipe(
     arm:str, # One of `ARMS`
     seed:int=0, # Seed of the run
+    momentum:float=0.9, # 0 for the first series
 )->Recipe:
     "The recipe of one run; `ValueError` for an unknown arm"
     if arm not in ARMS: raise ValueError(f"`arm` must be one of {tuple(ARMS)}, got {arm!r}")
-    return Recipe(**BASE, **ARMS[arm], seed=seed)
+    return Recipe(**BASE, **ARMS[arm], seed=seed, momentum=momentum)
 
 # %% ../nbs/experiments/18_ablations.ipynb #f508c4a6
 def missing(
@@ -64,10 +66,11 @@ def run_ablations(
 # %% ../nbs/experiments/18_ablations.ipynb #e264f49d
 def arm_accuracies(
     records:list[dict], # Records of runs
+    momentum:float=0.9, # Of the series
 )->dict[str, dict[int, float]]: # Of each arm that has any: accuracy in percent by seed
     "What was recorded of each arm"
-    return {arm: {seed: 100 * run["accuracy"] for seed, run in runs.items()}
-            for arm, runs in records_by_seed(records, arm_recipe, ARMS).items()}
+    found = records_by_seed(records, partial(arm_recipe, momentum=momentum), ARMS)
+    return {arm: {seed: 100 * run["accuracy"] for seed, run in runs.items()} for arm, runs in found.items()}
 
 # %% ../nbs/experiments/18_ablations.ipynb #37f701cd
 def ablation_table(

@@ -40,3 +40,15 @@ def batch():
     "A small batch on odd shapes: images (7, 3, 10, 6) and class indices of 5 classes"
     generator = torch.Generator().manual_seed(0)
     return torch.randn(7, 3, 10, 6, generator=generator), torch.tensor([0, 4, 2, 2, 1, 3, 0])
+
+
+def pytest_addoption(parser):
+    "`--slow` runs what takes minutes, too"
+    parser.addoption("--slow", action="store_true", help="run tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    "Without `--slow`, slow tests are skipped"
+    if config.getoption("--slow"): return
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))

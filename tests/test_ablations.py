@@ -38,9 +38,11 @@ def test_the_table_pairs_seeds():
 
 def test_records_of_arms_are_found_and_others_left_out():
     records = load_records(ROOT / "results", **BASE)
-    found = arm_accuracies(records)
-    assert sum(map(len, found.values())) == len(records) > 0
-    for record in records: assert any(100 * record["accuracy"] in values.values() for values in found.values())
+    for momentum in (0.9, 0.0):
+        series = [record for record in records if record["recipe"]["momentum"] == momentum]
+        found = arm_accuracies(records, momentum)
+        assert sum(map(len, found.values())) == len(series) > 0
+        for record in series: assert any(100 * record["accuracy"] in values.values() for values in found.values())
     assert arm_accuracies([{"name": "another", "accuracy": 0.5}]) == {}
 
 

@@ -243,7 +243,7 @@ def test_photographs_do_not_want_the_factor_that_scenes_want():
     for file in sorted((ROOT / "results/photographs").glob("*.json")):
         found = json.loads(file.read_text())["photographs"]
         errors = found["label_errors"]["CutMix"]
-        assert found["n"] == 165 and errors["poster, logits"]["gain"][1] > 0
+        assert found["n"] == 165 and errors["corrected, features"]["gain"][1] > 0
         assert errors["poster, logits"]["scaled"][SCALES.index(4.0)] > errors[AREA]["error"][0]
 
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sumix_nb.callback import CLEAN, Mix, SUMix, normalisation
 from sumix_nb.data import get_dls
+from sumix_nb.hardware import Autocast
 from sumix_nb.loss import sumix_loss
 from sumix_nb.mixers import CutMix, FMix, GridMix, Mixed, MixUp, OneOf, ResizeMix, SaliencyMix, SmoothMix
-from sumix_nb.training import MIXERS, Autocast, Recipe, label_of, make_learner, train
+from sumix_nb.training import MIXERS, Recipe, label_of, make_learner, train
 
 N, K = 24, 5
 FAMILY = [kind(per_sample=per_sample) for kind in (MixUp, CutMix, FMix, ResizeMix, SaliencyMix, GridMix, SmoothMix)

@@ -64,7 +64,7 @@ def test_wheel_fills_every_dynamic_field(wheel):
               "dependencies": "Requires-Dist: torch", "optional-dependencies": "Provides-Extra: models"}
     assert set(PYPROJECT["project"]["dynamic"]) == {*fields, "scripts", "entry-points"}
     for name, text in fields.items(): assert text in header, name
-    assert "sumix_train = sumix_nb.training:sumix_train" in scripts and "sumix_nb = sumix_nb._modidx:d" in scripts
+    assert "sumix_train = sumix_nb.command_line:sumix_train" in scripts and "sumix_nb = sumix_nb._modidx:d" in scripts
 
 
 def test_entry_points_of_the_installed_package_load():

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from sumix_nb import training
-from sumix_nb.training import METHODS, Autocast, Recipe, load_records, make_learner, sumix_train, train, write_record
+from sumix_nb.hardware import Autocast
+from sumix_nb.training import METHODS, Recipe, load_records, make_learner, train, write_record
 from tests.conftest import ROOT
 
 TINY = Recipe(width=4, epochs=1, bs=50, limit=200, lr=0.02)
@@ -19,12 +19,15 @@ TINY = Recipe(width=4, epochs=1, bs=50, limit=200, lr=0.02)
 
 @pytest.mark.parametrize(("field", "value"), [
     ("mixer", "cutmx"), ("method", "mixup"), ("variant", "paper"), ("clean", "twice"), ("precision", "fp8"),
-    ("epochs", 0), ("bs", 0), ("width", 0), ("lr", 0.0), ("lr", float("nan")), ("alpha", -1.0)])
+    ("epochs", 0), ("bs", 0), ("width", 0), ("lr", 0.0), ("lr", float("nan")), ("alpha", -1.0), ("view", "vit"),
+    ("stats", "own"), ("optimizer", "adam"), ("schedule", "linear"), ("accumulate", 0), ("size", 0), ("clip", -1.0),
+    ("smoothing", 1.5), ("ema", -0.1), ("warmup", 3.0), ("min_lr", 1.0)])
 def test_recipe_refuses_and_names_a_wrong_field(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must"): Recipe(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["per_sample", "update_bn", "channels_last", "relabel"])
+@pytest.mark.parametrize("field", ["per_sample", "update_bn", "channels_last", "relabel", "compile", "pretrained",
+                                   "drop_last", "spare_norms"])
 def test_switches_of_a_recipe_are_true_or_false(field):
     for value in (1, "yes", None):
         with pytest.raises(TypeError, match=f"`{field}` must be True or False"): Recipe(**{field: value})
@@ -39,15 +42,24 @@ def test_wrong_values_that_others_know_are_refused_before_training(field, value,
 
 
 def test_the_name_of_a_recipe_depends_on_every_field():
-    base = replace(TINY, mixer="cutmix")
-    others = {str: "0.3", int: 77, float: 0.77}
-    changed = {name: not value if isinstance(value, bool) else others[type(value)]
-               for name, value in asdict(base).items()}
-    changed |= {"mixer": "mixup", "method": "sumix", "variant": "released", "clean": "concat", "precision": "bf16",
-                "data": "cifar10", "stem": "standard", "z": "features"}
-    changed.pop("model")  # there is only one so far
+    base = replace(TINY, mixer="cutmix", schedule="cosine_step")
+    changed = {"mixer": "mixup", "method": "sumix", "variant": "released", "clean": "concat", "precision": "bf16",
+               "data": "cifar10", "stem": "standard", "z": "features", "model": "resnext50", "size": 48, "view": "deit",
+               "stats": "cifar", "optimizer": "adamw", "schedule": "one_cycle", "mixer_options": {"a": 1}, "limit": 77,
+               "valid": 0.3, "min_lr": 0.01}
+    others = {bool: lambda value: not value, int: lambda value: 77, float: lambda value: 0.77}
+    changed |= {name: others[type(value)](value) for name, value in asdict(base).items() if name not in changed}
     names = {replace(base, **{name: value}).name for name, value in changed.items()}
     assert len(names | {base.name}) == len(changed) + 1
+
+
+def test_a_validation_outside_of_a_fit_is_no_epoch():
+    learn = make_learner(TINY)
+    with learn.no_bar():
+        learn.validate()
+        record = train(TINY, progress=False, learn=learn)
+        assert abs(learn.validate()[1] - record["accuracy"]) < 1e-6
+    assert len(learn.epoch_log.epochs) == 1
 
 
 class Batches(Callback):
@@ -180,26 +192,6 @@ def test_autocast_hands_on_errors_of_the_network():
     learn.model = Broken()
     with pytest.raises(RuntimeError, match="broken on purpose"), learn.no_bar(): learn.fit(1)
     assert not torch.is_autocast_enabled("cpu") and isinstance(learn.autocast, Autocast)
-
-
-def test_the_command_line_trains_and_names_its_record(tmp_path):
-    command = [str(Path(sys.executable).with_name("sumix_train")), "--mixer", "cutmix", "--method", "sumix",
-               "--epochs", "1", "--width", "4", "--limit", "200", "--update-bn", "False", "--valid", "0.2",
-               "--out", str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    record, = load_records(tmp_path)
-    assert record["name"] in output and "CutMix + SUMix" in output
-    assert record["recipe"]["update_bn"] is False and record["recipe"]["valid"] == 0.2
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"mixer": "cutmx"}, "`mixer` must be one of"),
-    ({"method": "sumix"}, "`mixer` must not"),
-    ({"data": "digit"}, "`data` must be one of .*'digits'"),
-    ({"data": "cifar100", "data_dir": "missing"}, "no folder missing"), ({"valid": "0.2.1"}, "could not convert")])
-def test_the_command_line_ends_with_one_clear_line(options, message, tmp_path):
-    with pytest.raises(SystemExit, match=message) as error: sumix_train(**options, out=str(tmp_path))
-    assert str(error.value).startswith("sumix_train: ") and "\n" not in str(error.value)
 
 
 def test_the_demo_writes_table_records_and_figure(tmp_path):

@@ -1,0 +1,75 @@
+"`sumix_train` from the shell and from Python"
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sumix_nb.command_line import option_parser, read_recipe, read_valid, sumix_train
+from sumix_nb.recipes import find_recipe
+from sumix_nb.training import Recipe, load_records
+
+
+@pytest.mark.parametrize("command", [[str(Path(sys.executable).with_name("sumix_train"))],
+                                     [sys.executable, "-m", "sumix_nb.command_line"]])
+def test_the_command_trains_and_names_its_record(tmp_path, command):
+    command += ["--mixer", "cutmix", "--method", "sumix", "--epochs", "1", "--width", "4", "--limit", "200",
+                "--update-bn", "False", "--valid", "0.2", "--out", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    record, = load_records(tmp_path)
+    assert record["name"] in output and "CutMix + SUMix" in output
+    assert record["recipe"]["update_bn"] is False and record["recipe"]["valid"] == 0.2
+
+
+def test_a_published_recipe_runs_cut_short(tmp_path):
+    sumix_train(["--recipe", "cifar100-resnet18-cutmix-sumix", "--epochs", "1", "--limit", "100", "--data", "digits",
+                 "--width", "4", "--out", str(tmp_path)])
+    record, = load_records(tmp_path)
+    recipe = find_recipe("cifar100-resnet18-cutmix-sumix").recipe(epochs=1, limit=100, data="digits", width=4)
+    assert Recipe(**record["recipe"]) == recipe and recipe.schedule == "cosine_epoch" and recipe.alpha == 0.2
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ("--mixer cutmx", "`mixer` must be one of"),
+    ("--method sumix", "`mixer` must not"),
+    ("--data digit", "`data` must be one of .*'digits'"),
+    ("--data cifar100 --data-dir missing", "no folder missing"),
+    ("--data tiny_imagenet --data-dir missing", "no folder missing.*tiny-imagenet-200.zip"),
+    ("--valid 0.2.1", '`valid` must be "test" or a fraction'),
+    ("--recipe cifar100-resnet18-cutmx", "such as cifar100-resnet18-cutmix"),
+    ("--recipe cifar100-resnet18-automix", "cannot be run: this package has no `mixer` 'automix'"),
+    ("--size 100000", "GiB are free"),
+    ("--model deit_small --width 100", "`width` must be a multiple of 64"),
+    ("--mixer resizemix --mixer-options {\"mode\":\"cubic\"}", "`mode` must be one of"),
+    ("--pretrained True --width 4", "published width")])
+def test_what_cannot_be_run_ends_with_one_clear_line(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("sumix_nb.models.RESNETS", {"resnet18": FakeWeights})
+    with pytest.raises(SystemExit, match=message) as error: sumix_train([*options.split(), "--out", str(tmp_path)])
+    assert str(error.value).startswith("sumix_train: ") and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeWeights:
+    "ImageNet's weights of the published ResNet-18, without a download"
+    @staticmethod
+    def get_state_dict(**options):
+        from sumix_nb.models import get_model
+        return get_model("resnet18", 1000, width=64, stem="standard").state_dict()
+
+
+@pytest.mark.parametrize("options", [["--mixr", "cutmix"], ["--epochs", "two"], ["--mixer-options", "mode"]])
+def test_misspelt_options_end_with_the_usage(options, capsys):
+    with pytest.raises(SystemExit) as error: sumix_train(options)
+    assert error.value.code == 2 and "usage: sumix_train" in capsys.readouterr().err
+
+
+def test_every_field_is_an_option_that_reads_its_type():
+    parser = option_parser()
+    values = {"valid": 0.5, "mixer_options": {}, "view": "deit", "size": 40, "stats": "cifar", "limit": 3}
+    for field in fields(Recipe):
+        value = values.get(field.name, getattr(Recipe(), field.name))
+        read = vars(parser.parse_args([f"--{field.name.replace('_', '-')}", str(value)]))[field.name]
+        assert read == value and type(read) is type(value), field.name
+    assert read_valid("test") == "test" and read_valid("0.25") == 0.25
+    assert read_recipe({}) == Recipe()

@@ -1,0 +1,95 @@
+"Half precision, averages of weights and compiled networks in a real Learner"
+from dataclasses import replace
+from shutil import which
+
+import pytest
+import torch
+from fastai.callback.core import CancelFitException, Callback
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from torch import nn
+
+from sumix_nb.callback import SUMix
+from sumix_nb.data import get_dls
+from sumix_nb.hardware import DTYPES, Autocast, LossScaler, WeightAverage
+from sumix_nb.mixers.core import CutMix
+from sumix_nb.models import get_model
+from sumix_nb.training import Recipe, make_learner, train
+
+TINY = Recipe(width=4, epochs=1, limit=100, bs=25, mixer="cutmix", method="sumix", lr=0.02)
+
+
+def fit(*callbacks, epochs=1, lr=0.05):
+    "A Learner after training on digits"
+    torch.manual_seed(0)
+    model = get_model("resnet18", 10, width=4)
+    learn = Learner(get_dls("digits", limit=100, bs=25), model, opt_func=SGD, cbs=list(callbacks))
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr)
+    return learn
+
+
+@pytest.mark.parametrize("precision", ["fp32", *DTYPES])
+@pytest.mark.parametrize("clean", ["no_grad", "concat"])
+def test_sumix_learns_in_every_precision(precision, clean):
+    record = train(replace(TINY, precision=precision, clean=clean, epochs=3, limit=400), progress=False)
+    assert record["accuracy"] > 0.3 and record["epochs"][0]["train_loss"] < 100
+
+
+def test_half_precision_needs_a_known_name_and_cleans_up():
+    with pytest.raises(ValueError, match="`precision` must be one of"): Autocast("half")
+    assert not fit(Autocast("fp16"), LossScaler()).model._forward_hooks
+
+
+def test_a_scaler_recovers_from_a_factor_that_is_too_large():
+    scaler = LossScaler(2.0**30)
+    learn = fit(Autocast("fp16"), scaler, epochs=8)
+    assert scaler.skipped > 0 and scaler.scaler.get_scale() < 2.0**30
+    assert all(parameter.isfinite().all() for parameter in learn.model.parameters())
+    with pytest.raises(ValueError, match="`init_scale` must be"): LossScaler(0.5)
+
+
+def test_a_skipped_step_leaves_weights_and_momentum_alone():
+    class Infinite(Callback):
+        order = LossScaler.order - 1
+        def after_loss(self): self.learn.loss_grad = self.learn.loss_grad * float("inf")
+    torch.manual_seed(0)
+    start = nn.utils.parameters_to_vector(get_model("resnet18", 10, width=4).parameters())
+    learn = fit(LossScaler(), Infinite())
+    torch.testing.assert_close(nn.utils.parameters_to_vector(learn.model.parameters()), start)
+
+
+def test_the_average_is_validated_and_kept_with_sumix():
+    average = WeightAverage(0.5)
+    learn = fit(SUMix(CutMix(), seed=0), average, epochs=2)
+    assert any("uncertainty" in name for name, _ in learn.model.named_parameters())
+    kept = [value.clone() for value in average.average]
+    assert all(torch.equal(mean, tensor) for mean, tensor in zip(kept, average.tensors(), strict=True))
+    with learn.no_bar(): first = learn.validate()[0]
+    with learn.no_bar(): assert learn.validate()[0] == first
+    for value in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="`decay` must be"): WeightAverage(value)
+
+
+def test_a_validation_that_ends_early_gives_the_weights_back():
+    class Stop(Callback):
+        def before_batch(self):
+            if not self.training: raise CancelFitException
+    average = WeightAverage(0.9)
+    learn = fit(average, Stop())
+    assert all(torch.equal(mean, tensor) for mean, tensor in zip(average.average, average.tensors(), strict=True))
+    assert not learn.model.training or learn.recorder.losses
+
+
+@pytest.mark.parametrize("field,value", [("ema", 0.9), ("accumulate", 2), ("clip", 0.1), ("smoothing", 0.2),
+                                         ("optimizer", "adamw"), ("schedule", "cosine_step"), ("spare_norms", True)])
+def test_every_option_changes_the_result(field, value):
+    assert (train(replace(TINY, **{field: value}), progress=False)["epochs"][0]["valid_loss"]
+            != train(TINY, progress=False)["epochs"][0]["valid_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_compiled_network_trains_alike():
+    plain, compiled = (train(replace(TINY, compile=value), progress=False)["epochs"][0] for value in (False, True))
+    assert abs(plain["train_loss"] - compiled["train_loss"]) < 1e-3
+    assert make_learner(replace(TINY, compile=True)).model._compiled_call_impl is not None
