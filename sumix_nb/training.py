@@ -149,15 +149,18 @@ BEFORE = {f.name: f.metadata["before"] for f in fields(Recipe) if "before" in f.
 # %% ../nbs/experiments/10_training.ipynb #9b43195e
 class EpochLog(Callback):
     "Collects one dictionary per epoch in `epochs`, and `ratio_curve` after the last"
-    order = Recorder.order + 1
+    order, run_valid = Recorder.order + 1, False
 
     def __init__(self): self.epochs, self.ratio_curve, self.seconds = [], None, None
 
     def before_epoch(self): self.seconds = None
 
-    def before_train(self): self.started = time.perf_counter()
+    def before_train(self): self.seconds, self.started = 0.0, time.perf_counter()
 
-    def after_train(self): self.seconds = time.perf_counter() - self.started
+    def after_batch(self):
+        "Add the seconds since the last batch; a sum goes on when a stopped training does, a starting time does not"
+        now = time.perf_counter()
+        self.seconds, self.started = self.seconds + now - self.started, now
 
     def after_epoch(self):
         "Add an epoch, unless nothing was trained in it"
