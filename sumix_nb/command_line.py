@@ -8,6 +8,7 @@ __all__ = ['read_valid', 'option_parser', 'read_recipe', 'sumix_train']
 # %% ../nbs/experiments/28_command_line.ipynb #f669a5c9
 import argparse
 import json
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from fastcore.docments import docments
 from fastcore.script import bool_arg
 
+from .checkpoints import Preempted
 from .recipes import find_recipe
 from .training import CHOICES, Recipe, comparison_table, train
 
@@ -34,6 +36,8 @@ def option_parser()->argparse.ArgumentParser:
     add("--out", default="results", help="folder for the record (default: results)")
     add("--device", help="where to train (default: the fastest found)")
     add("--workers", type=int, help="processes that decode large images (default: one a core, at most 8)")
+    add("--checkpoints", help="folder for a checkpoint, from which a run that was stopped goes on (default: none)")
+    add("--every", type=int, default=1, help="epochs from one checkpoint to the next (default: 1)")
     readers, helps = {bool: bool_arg, int: int, float: float, dict: json.loads, int | None: int}, docments(Recipe)
     for field in fields(Recipe):
         known = [str(choice) for choice in CHOICES.get(field.name, ()) if choice]
@@ -56,11 +60,15 @@ def read_recipe(
 def sumix_train(
     arguments:list[str]|None=None, # Words after the command's name; those of the shell by default
 )->None:
-    "Train one recipe and write its record; whatever cannot be run ends with one line that says why"
+    "Train one recipe and write its record; what cannot be run ends with one line, and SIGTERM with exit code 143"
     options = vars(option_parser().parse_args(arguments))
     try:
         recipe = read_recipe(options)
-        record = train(recipe, options["data_dir"], options["device"], options["out"], workers=options["workers"])
+        record = train(recipe, options["data_dir"], options["device"], options["out"],
+                       **{name: options[name] for name in ("workers", "checkpoints", "every")})
+    except Preempted as stop:
+        print(f"sumix_train: {stop}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError) as error:
         sys.exit(f"sumix_train: {error}")
     print(f"{comparison_table([record])}\n{Path(options['out'], recipe.name)}.json")

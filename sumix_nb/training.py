@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
+from .checkpoints import Checkpoint
 from .data import SOURCES, STATS, get_dls
 from .hardware import DTYPES, Autocast, LossScaler, WeightAverage
 from .large_images import VIEWS
@@ -288,27 +289,32 @@ def train(
     progress:bool=True, # Show progress bars?
     learn:Learner|None=None, # A Learner from `make_learner`, for those who want to keep it
     workers:int|None=None, # Processes that decode large images, see `get_dls`
+    checkpoints:str|Path|None=None, # Folder of the checkpoint, from which a stopped run goes on; none by default
+    every:int=1, # Epochs from one checkpoint to the next
 )->dict: # The record
-    "Train by a recipe and return its record; errors of `make_learner`; `FloatingPointError` for a loss not finite"
+    "Train by a recipe; errors of `make_learner` and `Checkpoint`; `FloatingPointError` for a loss not finite"
     learn, commit = learn or make_learner(recipe, path, device, workers), git_commit()
+    keepers = [] if checkpoints is None else [Checkpoint(checkpoints, recipe.name, every)]
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
-        with no_random(recipe.seed): fit(recipe, learn)
+        with no_random(recipe.seed): fit(recipe, learn, keepers)
     record = make_record(recipe, learn) | {"commit": commit}
     if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
         raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")
     if folder is not None: write_record(record, folder)
+    for keeper in keepers: keeper.remove()
     return record
 
 
 def fit(
     recipe:Recipe, # What to train
     learn:Learner, # From `make_learner`
+    cbs:list=(), # Callbacks for this fit
 )->None:
     "All epochs by the schedule of the recipe"
-    if recipe.schedule == "one_cycle": return learn.fit_one_cycle(recipe.epochs, recipe.lr)
+    if recipe.schedule == "one_cycle": return learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=cbs)
     rate = cosine(recipe.lr, recipe.epochs, recipe.min_lr, by_epoch=recipe.schedule == "cosine_epoch",
                   warmup=recipe.warmup)
-    learn.fit(recipe.epochs, recipe.lr, cbs=ParamScheduler({"lr": rate}))
+    learn.fit(recipe.epochs, recipe.lr, cbs=[ParamScheduler({"lr": rate}), *cbs])
 
 # %% ../nbs/experiments/10_training.ipynb #09400932
 def make_record(
