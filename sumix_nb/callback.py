@@ -276,7 +276,7 @@ def before_fit(self:SUMix):
     if find_classifier(self.learn.model, self.chosen_layer) is not self.classifier_layer:
         self.learn = self.learn
     if any(isinstance(module, nn.DataParallel) for module in self.learn.model.modules()):
-        raise ValueError("SUMix cannot work under nn.DataParallel: use `learn.distrib_ctx` instead")
+        raise ValueError("SUMix cannot work under nn.DataParallel: use `sumix_nb.distributed.distribute` instead")
     compiled = hasattr(self.learn.model, "_orig_mod") or self.learn.model._compiled_call_impl is not None
     if self.newly_attached and compiled: torch._dynamo.reset()
     self.newly_attached = False

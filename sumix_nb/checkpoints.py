@@ -101,7 +101,7 @@ KEPT = {
 } | dict.fromkeys((
     "Checkpoint", "TrainEvalCallback", "CastToTensor", "ProgressCallback", "CSVLogger", "ChannelsLast", "Autocast",
     "DistributedTrainer", "GradientClip", "BnFreeze", "ShortEpochCallback", "SkipToEpoch", "TerminateOnNaNCallback",
-    "MixHandler", "SpareFromDecay", "ValueMetric"), ())
+    "MixHandler", "SpareFromDecay", "ValueMetric", "Distributed"), ())
 
 
 def kept_names(
@@ -319,7 +319,8 @@ class Checkpoint(Callback):
 def own_state(self:Checkpoint)->dict: # Plain
     "What this process alone knows"
     names = ("pct_train", "train_iter", "smooth_loss", "final_record", "scaler")
-    return {"chance": random_state(self.learn), "epoch_start": self.epoch_start,
+    buffers = {} if self.group is None else dict(get_model(self.learn.model).named_buffers())
+    return {"chance": random_state(self.learn), "epoch_start": self.epoch_start, "buffers": plain(buffers),
             "holders": {name: [kept(holder) for holder in group] for name, group in holders(self.learn).items()},
             "learner": {name: plain(vars(self.learn)[name]) for name in names if name in vars(self.learn)}}
 
@@ -373,6 +374,7 @@ def restore(self:Checkpoint)->None:
     learn, saved, model = self.learn, self.saved, get_model(self.learn.model)
     own = saved["processes"][self.rank]
     model.load_state_dict(saved["network"])
+    model.load_state_dict(own["buffers"], strict=False) # statistics that differ between processes
     learn.opt.load_state_dict(with_lists(saved["optimiser"]))
     for name, parameter in model.named_parameters():
         gradient = saved["gradients"].get(name)

@@ -13,6 +13,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from fastai.torch_core import rank_distrib
 from fastcore.docments import docments
 from fastcore.script import bool_arg
 
@@ -38,6 +39,7 @@ def option_parser()->argparse.ArgumentParser:
     add("--workers", type=int, help="processes that decode large images (default: one a core, at most 8)")
     add("--checkpoints", help="folder for a checkpoint, from which a run that was stopped goes on (default: none)")
     add("--every", type=int, default=1, help="epochs from one checkpoint to the next (default: 1)")
+    add("--sync-bn", type=bool_arg, default=False, help="BatchNorm over the batch of all processes (default: False)")
     readers, helps = {bool: bool_arg, int: int, float: float, dict: json.loads, int | None: int}, docments(Recipe)
     for field in fields(Recipe):
         known = [str(choice) for choice in CHOICES.get(field.name, ()) if choice]
@@ -65,13 +67,13 @@ def sumix_train(
     try:
         recipe = read_recipe(options)
         record = train(recipe, options["data_dir"], options["device"], options["out"],
-                       **{name: options[name] for name in ("workers", "checkpoints", "every")})
+                       **{name: options[name] for name in ("workers", "checkpoints", "every", "sync_bn")})
     except Preempted as stop:
         print(f"sumix_train: {stop}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError) as error:
         sys.exit(f"sumix_train: {error}")
-    print(f"{comparison_table([record])}\n{Path(options['out'], recipe.name)}.json")
+    if rank_distrib() == 0: print(f"{comparison_table([record])}\n{Path(options['out'], recipe.name)}.json")
 
 # %% ../nbs/experiments/28_command_line.ipynb #f063253e
 if __name__ == "__main__": sumix_train()

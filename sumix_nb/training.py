@@ -36,13 +36,14 @@ from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam
-from fastai.torch_core import no_random
+from fastai.torch_core import maybe_gather, no_random, num_distrib, rank_distrib
 from torch import Tensor, nn
 
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
 from .checkpoints import Checkpoint
 from .data import SOURCES, STATS, get_dls
+from .distributed import distribute, local_device
 from .hardware import DTYPES, Autocast, LossScaler, WeightAverage
 from .large_images import VIEWS
 from .mixers import CutMix, FMix, GridMix, MixUp, ResizeMix, SaliencyMix, SmoothMix
@@ -83,7 +84,7 @@ class Recipe:
     clean:str="no_grad" # How SUMix passes the clean batch
     update_bn:bool=True # May that pass update BatchNorm's running statistics?
     epochs:int=10 # Epochs
-    bs:int=100 # Batch size
+    bs:int=100 # Batch size, of all processes together
     lr:float=0.1 # Highest learning rate of the schedule
     momentum:float=0.9 # Momentum of SGD, or the first beta of AdamW (the second is 0.999); constant
     weight_decay:float=5e-4 # Weight decay, added to the gradient by SGD, apart from it by AdamW
@@ -171,7 +172,8 @@ class EpochLog(Callback):
         log |= {"seconds": self.seconds, "seconds_per_step": self.seconds / steps}
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
         if mix is not None:
-            lam, ratio = (torch.cat([pair[i] for pair in list(mix.history)[-steps:]]).float().cpu() for i in (0, 1))
+            shares = [torch.cat([pair[i] for pair in list(mix.history)[-steps:]]) for i in (0, 1)]
+            lam, ratio = (maybe_gather(share).float().cpu() for share in shares)
             log |= {"lam": lam.mean().item(), "ratio": ratio.mean().item(), "shift": (ratio - lam).abs().mean().item()}
             if isinstance(mix, SUMix): self.ratio_curve = ratio_curve(lam, ratio)
         self.epochs.append(log)
@@ -291,15 +293,17 @@ def train(
     workers:int|None=None, # Processes that decode large images, see `get_dls`
     checkpoints:str|Path|None=None, # Folder of the checkpoint, from which a stopped run goes on; none by default
     every:int=1, # Epochs from one checkpoint to the next
-)->dict: # The record
-    "Train by a recipe; errors of `make_learner` and `Checkpoint`; `FloatingPointError` for a loss not finite"
-    learn, commit = learn or make_learner(recipe, path, device, workers), git_commit()
+    sync_bn:bool=False, # See `distribute`
+)->dict: # The record, the same in all processes, of which the first writes it
+    "Train; errors of `make_learner`, `Checkpoint` and `distribute`; `FloatingPointError` for a loss not finite"
+    learn, commit = learn or make_learner(recipe, path, device or local_device(), workers), git_commit()
     keepers = [] if checkpoints is None else [Checkpoint(checkpoints, recipe.name, every)]
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
-        with no_random(recipe.seed): fit(recipe, learn, keepers)
-    record = make_record(recipe, learn) | {"commit": commit}
+        with no_random(recipe.seed), distribute(learn, sync_bn): fit(recipe, learn, keepers)
+    record = make_record(recipe, learn) | {"commit": commit, "processes": max(num_distrib(), 1), "sync_bn": sync_bn}
     if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
         raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")
+    if rank_distrib() > 0: return record
     if folder is not None: write_record(record, folder)
     for keeper in keepers: keeper.remove()
     return record

@@ -934,7 +934,7 @@ def test_a_network_whose_last_linear_layer_is_not_its_classifier_is_refused_and_
 
 def test_data_parallel_is_refused_and_the_way_out_named():
     learn = learner(SUMix(CutMix()), model=nn.DataParallel(with_bn()))
-    with pytest.raises(ValueError, match="DataParallel.*distrib_ctx"): fit(learn)
+    with pytest.raises(ValueError, match="DataParallel.*distribute"): fit(learn)
 
 
 def test_a_network_given_to_the_learner_later_gets_the_head_and_the_old_one_loses_it():
