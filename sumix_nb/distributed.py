@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['local_device', 'OwnOrder', 'share', 'Distributed', 'detach_here', 'distribute']
 
-# %% ../nbs/experiments/27_distributed.ipynb #742dfe4d
+# %% ../nbs/experiments/27_distributed.ipynb #ef853415
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .hardware import WeightAverage
 
-# %% ../nbs/experiments/27_distributed.ipynb #cd9d8d9b
+# %% ../nbs/experiments/27_distributed.ipynb #3d3d8898
 def local_device()->torch.device|None: # The device of this process; None if there is only one process
     "Join the other processes; `ImportError` without accelerate, `RuntimeError` if there are no others"
     if num_distrib() < 2: return None
@@ -39,7 +39,7 @@ def local_device()->torch.device|None: # The device of this process; None if the
                            "make no `Accelerator` before")
     return state.device
 
-# %% ../nbs/experiments/27_distributed.ipynb #0237c7c0
+# %% ../nbs/experiments/27_distributed.ipynb #d21a2603
 class OwnOrder:
     "The order of a loader as process 0 draws it, and of that every `world`-th image"
     def __init__(self,
@@ -59,7 +59,7 @@ class OwnOrder:
             generator.manual_seed(int(seed))
         return order[:len(order) - len(order) % self.world * self.even][self.rank::self.world].tolist()
 
-# %% ../nbs/experiments/27_distributed.ipynb #c3666efe
+# %% ../nbs/experiments/27_distributed.ipynb #97a16cfb
 def share(
     dl:TfmdDL, # Any fastai loader of a whole set
     rank:int, # Which process this is, 0 .. `world` - 1
@@ -74,7 +74,7 @@ def share(
     return dl.new(bs=-(-dl.bs // world), n=n, get_idxs=OwnOrder(dl, rank, world, even),
                   create_item=partial(dl.create_item)) # fastai would bind a bare method to the new loader
 
-# %% ../nbs/experiments/27_distributed.ipynb #f2745ffc
+# %% ../nbs/experiments/27_distributed.ipynb #87cecc8d
 class Distributed(Callback):
     "Trains a Learner by several processes; `TypeError` for a metric that is no mean over images"
     order = WeightAverage.order + 1 # after all that changes the network or the weights
@@ -119,7 +119,7 @@ class Distributed(Callback):
         if self.parallel is not None and self.learn.model is self.parallel: self.learn.model = self.parallel.module
         self.shares, self.parallel = {}, None
 
-# %% ../nbs/experiments/27_distributed.ipynb #f365585f
+# %% ../nbs/experiments/27_distributed.ipynb #0c8c6268
 @patch
 def sum_metrics(self:Distributed,
     metrics:list, # Metrics with a `total` and a `count`
@@ -134,6 +134,7 @@ def sum_metrics(self:Distributed,
 @patch
 def after_train(self:Distributed):
     "Unwrap the network, and sum the training metrics if there are any"
+    if self.parallel is None: return
     self.learn.model = self.parallel.module
     if self.learn.recorder.train_metrics: self.sum_metrics(self.learn.metrics)
 
@@ -143,7 +144,7 @@ def after_validate(self:Distributed):
     "Sum loss and metrics before the `Recorder` reads them"
     if self.learn.dl in self.shares.values(): self.sum_metrics([self.learn.recorder.loss, *self.learn.metrics])
 
-# %% ../nbs/experiments/27_distributed.ipynb #9bdeab3c
+# %% ../nbs/experiments/27_distributed.ipynb #29a478bc
 def detach_here(b, cpu=True, gather=True):
     "fastai's `to_detach` without gathering from other processes"
     return to_detach(b, cpu=cpu, gather=False)

@@ -51,7 +51,8 @@ def no_decay(
 class SpareFromDecay(Callback):
     "Leaves `no_decay` parameters out of fastai's weight decay"
     def before_fit(self):
-        "Tell the optimiser, which exists by now"
+        "Tell the optimiser, which exists by now unless this is only a validation"
+        if self.learn.opt is None: return
         for name in no_decay(self.learn.model):
             self.learn.opt.state[self.learn.model.get_parameter(name)]["do_wd"] = False
 

@@ -53,11 +53,12 @@ def test_the_name_of_a_recipe_depends_on_every_field():
     assert len(names | {base.name}) == len(changed) + 1
 
 
-def test_a_validation_outside_of_a_fit_is_no_epoch():
-    learn = make_learner(TINY)
+@pytest.mark.parametrize("options", [{}, {"spare_norms": True, "ema": 0.9, "precision": "fp16", "clip": 1.0}])
+def test_a_validation_outside_of_a_fit_is_no_epoch(options):
+    learn = make_learner(replace(TINY, **options))
     with learn.no_bar():
         learn.validate()
-        record = train(TINY, progress=False, learn=learn)
+        record = train(replace(TINY, **options), progress=False, learn=learn)
         assert abs(learn.validate()[1] - record["accuracy"]) < 1e-6
     assert len(learn.epoch_log.epochs) == 1
 
