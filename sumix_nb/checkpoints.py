@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FASTCORE_LIST', 'FLOATS', 'SCALARS', 'KEPT', 'FORMAT', 'plain', 'plain_list', 'with_lists', 'kept_names', 'kept',
-           'holders', 'put_back', 'put_all_back', 'random_state', 'own_loaders', 'set_random_state', 'write_checkpoint',
-           'remove_scraps', 'load_plain', 'read_checkpoint', 'training_facts', 'in_group', 'check_facts', 'Preempted',
-           'Checkpoint']
+           'holders', 'put_back', 'put_all_back', 'random_state', 'own_loaders', 'set_random_state', 'writing_whole',
+           'write_checkpoint', 'remove_scraps', 'load_plain', 'read_checkpoint', 'training_facts', 'in_group',
+           'check_facts', 'Preempted', 'Checkpoint']
 
 # %% ../nbs/experiments/25_checkpoints.ipynb #ec8e8dac
 import glob
@@ -18,6 +18,7 @@ import tempfile
 import threading
 import zipfile
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -194,20 +195,30 @@ def set_random_state(
         module.set_rng_state(state["device"], *([device] if module.device_count() > 1 else []))
 
 # %% ../nbs/experiments/25_checkpoints.ipynb #a7ec69ba
-def write_checkpoint(
-    state:dict, # Tensors and plain values
-    file:Path, # Where to
-)->None:
-    "Write `state` so that `file` is always whole"
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", suffix=".tmp", delete=False) as temporary:
+@contextmanager
+def writing_whole(
+    file:Path, # Where to, in a folder that exists
+    mode:str="wb", # "wb" or "w"
+): # An open file
+    "Write to another name, and rename it in the end: whatever happens inside, `file` is whole"
+    options = {"dir": file.parent, "prefix": f"{file.name}.", "suffix": ".tmp", "delete": False}
+    with tempfile.NamedTemporaryFile(mode, **options) as temporary:
         try:
-            torch.save(state, temporary)
+            yield temporary
             temporary.flush()
             os.fsync(temporary.fileno())
             os.replace(temporary.name, file)
         except BaseException:
             Path(temporary.name).unlink(missing_ok=True)
             raise
+
+
+def write_checkpoint(
+    state:dict, # Tensors and plain values
+    file:Path, # Where to
+)->None:
+    "Write `state` so that `file` is always whole"
+    with writing_whole(file) as opened: torch.save(state, opened)
 
 
 def remove_scraps(

@@ -37,9 +37,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from .large_images import VIEWS, ClassifiedSet, EraseBatch, FileSet, open_image, test_view, train_view
-from sumix_nb.layouts import (
-    IMAGE_TYPES, SETS, list_folder, read_aircraft, read_cub200, read_imagenet, read_tiny_imagenet,
-)
+from .layouts import IMAGE_TYPES, SETS, list_folder
+from .layouts import read_aircraft, read_cub200, read_imagenet, read_tiny_imagenet
 from .scenes import scenes
 
 # %% ../nbs/10_data.ipynb #15d8bba5

@@ -94,7 +94,7 @@ class WeightAverage(Callback):
         decay:float=0.999, # Share of the average that is kept in each step, in [0, 1]
     ):
         check_number("decay", decay, 0, 1)
-        self.decay, self.average = decay, None
+        self.decay, self.average, self.swapped = decay, None, False
 
     def tensors(self)->list[Tensor]:
         "What is averaged: all floating numbers in the network"
@@ -102,8 +102,9 @@ class WeightAverage(Callback):
         return [tensor.detach() for tensor in every if tensor.is_floating_point()]
 
     def before_fit(self):
-        "Begin with the weights as they are, once"
-        if self.average is None: self.average = [tensor.clone() for tensor in self.tensors()]
+        "Begin with the weights as they are, or as they were before a validation that did not end"
+        if self.swapped: self.exchange()
+        self.average = [tensor.clone() for tensor in self.tensors()]
 
     @torch.no_grad()
     def after_step(self): get_ema_multi_avg_fn(self.decay)(self.average, self.tensors(), None)
@@ -115,6 +116,7 @@ class WeightAverage(Callback):
             kept = tensor.clone()
             tensor.copy_(mean)
             mean.copy_(kept)
+        self.swapped = not self.swapped
 
     def before_validate(self): self.exchange()
 
@@ -123,4 +125,5 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def after_fit(self):
         "Leave the average in the network"
+        if self.swapped: self.exchange()
         for mean, tensor in zip(self.average, self.tensors(), strict=True): tensor.copy_(mean)

@@ -12,11 +12,9 @@ __all__ = ['MIXERS', 'METHODS', 'OPTIMIZERS', 'CURVES', 'CHOICES', 'RANGES', 'BE
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,7 +39,7 @@ from torch import Tensor, nn
 
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, writing_whole
 from .data import SOURCES, STATS, get_dls
 from .distributed import distribute, local_device
 from .hardware import DTYPES, Autocast, LossScaler, WeightAverage
@@ -356,15 +354,7 @@ def write_record(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{record['name']}.json"
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as temporary:
-        try:
-            json.dump(record, temporary, indent=1)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, file)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    with writing_whole(file, "w") as opened: json.dump(record, opened, indent=1)
     return file
 
 # %% ../nbs/experiments/10_training.ipynb #554aca14

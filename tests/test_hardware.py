@@ -74,10 +74,34 @@ def test_a_validation_that_ends_early_gives_the_weights_back():
     class Stop(Callback):
         def before_batch(self):
             if not self.training: raise CancelFitException
-    average = WeightAverage(0.9)
-    learn = fit(average, Stop())
-    assert all(torch.equal(mean, tensor) for mean, tensor in zip(average.average, average.tensors(), strict=True))
-    assert not learn.model.training or learn.recorder.losses
+    expected = fit(WeightAverage(0.9)).model.state_dict()
+    stopped = fit(WeightAverage(0.9), Stop()).model.state_dict()
+    torch.testing.assert_close(stopped, expected)
+
+
+def test_a_fit_after_an_error_in_validation_goes_on_from_the_trained_weights():
+    class Break(Callback):
+        order = WeightAverage.order - 1
+        def before_batch(self):
+            self.weights = next(self.learn.model.parameters()).detach().clone() if self.training else self.weights
+            if not self.training: raise RuntimeError("broken on purpose")
+        def after_step(self): self.weights = next(self.learn.model.parameters()).detach().clone()
+    learn = Learner(get_dls("digits", limit=100, bs=25), get_model("resnet18", 10, width=4), opt_func=SGD)
+    average, broken = WeightAverage(0.9), Break()
+    with pytest.raises(RuntimeError, match="broken on purpose"), learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.05, cbs=[average, broken])
+    assert not torch.equal(next(learn.model.parameters()), broken.weights)  # the average is still in the network
+    average.learn = learn
+    average.before_fit()
+    assert torch.equal(next(learn.model.parameters()), broken.weights)
+
+
+def test_weights_that_are_loaded_after_a_fit_are_not_averaged_away():
+    learn = fit(WeightAverage(0.9))
+    with torch.no_grad():
+        for parameter in learn.model.parameters(): parameter.fill_(0.01)
+    with learn.no_bar(): learn.validate()
+    assert all((parameter == 0.01).all() for parameter in learn.model.parameters())
 
 
 @pytest.mark.parametrize("field,value", [("ema", 0.9), ("accumulate", 2), ("clip", 0.1), ("smoothing", 0.2),
