@@ -1,5 +1,6 @@
 "Recipes, runs, records, the command line and the demo"
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -144,7 +145,7 @@ def test_a_record_says_what_was_run_and_survives_json(tmp_path):
 def test_a_failed_write_keeps_the_old_record_and_leaves_no_scraps(tmp_path, monkeypatch):
     write_record({"name": "run", "value": 1}, tmp_path)
     def full(*paths): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(training.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"): write_record({"name": "run", "value": 2}, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["value"] == 1
