@@ -83,7 +83,7 @@ def with_lists(
 KEPT = {
     "Recorder": ("lrs", "iters", "losses", "values", "smooth_loss"),
     "Mix": ("generator", "history"), # and `SUMix`
-    "EpochLog": ("epochs", "ratio_curve", "seconds"),
+    "EpochLog": ("epochs", "ratio_curve", "reliability", "seconds", "sums"),
     "LabelErrorLog": ("epochs",),
     "ParamScheduler": ("hps",),
     "GradientAccumulation": ("count",),

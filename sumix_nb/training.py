@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIXERS', 'METHODS', 'OPTIMIZERS', 'CURVES', 'CHOICES', 'RANGES', 'BEFORE', 'SEEDS', 'younger', 'Recipe', 'EpochLog',
            'ratio_curve', 'MixWithClean', 'make_model', 'make_mix', 'make_callbacks', 'make_learner', 'train', 'fit',
-           'make_record', 'git_commit', 'write_record', 'load_records', 'unrecorded', 'records_by_seed', 'label_of',
-           'comparison_table', 'mean_and_spread', 'summary_table', 'plot_curves']
+           'peak_memory', 'make_record', 'git_commit', 'write_record', 'load_records', 'unrecorded', 'records_by_seed',
+           'label_of', 'comparison_table', 'mean_and_spread', 'summary_table', 'plot_curves']
 
 # %% ../nbs/experiments/10_training.ipynb #e927341c
 import hashlib
@@ -15,6 +15,7 @@ import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,6 +43,7 @@ from .callback import CLEAN, Mix, SUMix
 from .checkpoints import Checkpoint, writing_whole
 from .data import SOURCES, STATS, get_dls
 from .distributed import distribute, local_device
+from .evaluation.calibration import reliability_curve, reliability_sums
 from .hardware import DTYPES, Autocast, LossScaler, WeightAverage
 from .large_images import VIEWS
 from .mixers import CutMix, FMix, GridMix, MixUp, ResizeMix, SaliencyMix, SmoothMix
@@ -148,17 +150,22 @@ BEFORE = {f.name: f.metadata["before"] for f in fields(Recipe) if "before" in f.
 
 # %% ../nbs/experiments/10_training.ipynb #9b43195e
 class EpochLog(Callback):
-    "Collects one dictionary per epoch in `epochs`, and `ratio_curve` after the last"
-    order, run_valid = Recorder.order + 1, False
+    "Collects one dictionary per epoch in `epochs`, and `ratio_curve` and `reliability` after the last"
+    order = Recorder.order + 1
 
-    def __init__(self): self.epochs, self.ratio_curve, self.seconds = [], None, None
+    def __init__(self): self.epochs, self.ratio_curve, self.reliability, self.seconds, self.sums = [], None, [], None, 0
 
     def before_epoch(self): self.seconds = None
 
     def before_train(self): self.seconds, self.started = 0.0, time.perf_counter()
 
+    def before_validate(self): self.sums = 0
+
     def after_batch(self):
-        "Add the seconds since the last batch; a sum goes on when a stopped training does, a starting time does not"
+        "Add the seconds since the last batch (a sum goes on when a stopped training does), or what was answered right"
+        if not self.training:
+            self.sums = self.sums + reliability_sums(self.learn.pred, self.learn.yb[0])
+            return
         now = time.perf_counter()
         self.seconds, self.started = self.seconds + now - self.started, now
 
@@ -174,6 +181,7 @@ class EpochLog(Callback):
             lam, ratio = (maybe_gather(share).float().cpu() for share in shares)
             log |= {"lam": lam.mean().item(), "ratio": ratio.mean().item(), "shift": (ratio - lam).abs().mean().item()}
             if isinstance(mix, SUMix): self.ratio_curve = ratio_curve(lam, ratio)
+        self.reliability = reliability_curve(maybe_gather(self.sums[None]).sum(0))
         self.epochs.append(log)
 
 # %% ../nbs/experiments/10_training.ipynb #86f312d4
@@ -318,6 +326,18 @@ def fit(
                   warmup=recipe.warmup)
     learn.fit(recipe.epochs, recipe.lr, cbs=[ParamScheduler({"lr": rate}), *cbs])
 
+# %% ../nbs/experiments/10_training.ipynb #e7c39333
+def peak_memory(
+    device:torch.device, # Where the network was trained
+)->int|None: # Bytes; None where it is not known
+    "The most memory held so far: by tensors on a GPU, on the CPU by the whole process since it began"
+    if device.type != "cpu":
+        most = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return most and most(device)
+    try: from resource import RUSAGE_SELF, getrusage
+    except ImportError: return None # Windows has no such module
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 # %% ../nbs/experiments/10_training.ipynb #09400932
 def make_record(
     recipe:Recipe, # The recipe
@@ -330,8 +350,8 @@ def make_record(
     return {"name": recipe.name, "recipe": asdict(recipe), "accuracy": epochs[-1]["accuracy"],
             "seconds": sum(epoch["seconds"] for epoch in epochs),
             "seconds_per_step": min(epoch["seconds_per_step"] for epoch in epochs),
-            "epochs": epochs, "ratio_curve": learn.epoch_log.ratio_curve,
-            "device": name,
+            "epochs": epochs, "ratio_curve": learn.epoch_log.ratio_curve, "reliability": learn.epoch_log.reliability,
+            "device": name, "peak_memory": peak_memory(device),
             "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}}}
 
 # %% ../nbs/experiments/10_training.ipynb #ca38c44f

@@ -121,6 +121,11 @@ def test_metrics_are_those_of_the_whole_validation_set(ranks, kind):
     assert len(learn.dls.valid_ds) == RECIPES[kind].limit
     for last in (found["last"], ranks[1]["recorded"][kind]["last"]):
         assert [last["valid_loss"], last["accuracy"]] == pytest.approx(list(expected), rel=1e-5)
+    for rank in ranks:
+        curve = rank["recorded"][kind]["reliability"]
+        assert sum(part["n"] for part in curve) == len(learn.dls.valid_ds)
+        right = sum(part["n"] * part["accuracy"] for part in curve)
+        assert right == pytest.approx(len(learn.dls.valid_ds) * expected[1])
     assert 0.05 < last["accuracy"] < 0.95
 
 

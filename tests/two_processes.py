@@ -105,7 +105,8 @@ def recorded(recipe, folder):
     mix = next(cb for cb in learn.cbs if isinstance(cb, Mix))
     record = train(recipe, folder=folder, progress=False, learn=learn)
     return {"weights": learn.model.state_dict(), "lam": torch.cat([lam for lam, _ in mix.history]),
-            "images": torch.cat(learn.steps.images), "last": record["epochs"][-1], "recipe": asdict(recipe)}
+            "images": torch.cat(learn.steps.images), "last": record["epochs"][-1],
+            "reliability": record["reliability"], "recipe": asdict(recipe)}
 
 
 class Stops(Callback):
