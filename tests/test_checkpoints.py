@@ -597,8 +597,14 @@ def wait_for(steps, count, child):
         time.sleep(0.0005)
 
 
-def test_killed_at_ten_random_moments_a_training_ends_as_if_left_alone(tmp_path):
-    recipe, chance = replace(RECIPE, epochs=9, limit=80), random.Random(0)  # 9 epochs of 4 steps
+CIFAR100 = pytest.mark.skipif(not Path(os.environ.get("SUMIX_DATA", "/nowhere"), "cifar100").is_dir(),
+                              reason="needs $SUMIX_DATA/cifar100")
+
+
+@pytest.mark.parametrize("changes", [{"limit": 80}, pytest.param(
+    {"data": "cifar100", "width": 8, "bs": 100, "limit": 400, "precision": "bf16"}, marks=CIFAR100)])
+def test_killed_at_ten_random_moments_a_training_ends_as_if_left_alone(changes, tmp_path):
+    recipe, chance = replace(RECIPE, epochs=9, **changes), random.Random(0)  # 9 epochs of 4 steps
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     child, _ = start(recipe, alone)
     child.join()
