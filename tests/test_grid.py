@@ -1,0 +1,276 @@
+"Grids that are killed, that share a folder, that meet a full disk, and that run on Ray"
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sumix_nb import checkpoints, grid
+from sumix_nb.grid import CONTEXT, Grid, LocalEngine, attempt, clock, read_grid, recipe_grid, seconds_left, state_of
+from sumix_nb.training import Recipe, load_records, train
+
+CONTEXT.set_forkserver_preload(["sumix_nb.grid"])
+TINY = {"width": 4, "limit": 60, "bs": 20, "lr": 0.02}
+TWELVE = recipe_grid(mixer=["none", "cutmix", "mixup"], seed=range(4), epochs=6, **TINY)
+FILE = "\n".join([*(f"{name} = {value}" for name, value in TINY.items()), "epochs = 6",
+                  'mixer = ["none", "cutmix", "mixup"]', "seed = [0, 1, 2, 3]"])
+HOT = Recipe(epochs=1, **TINY | {"lr": 1e30, "limit": 100})
+
+
+def results(record):
+    "What must not depend on how a run came about"
+    return record["name"], record["recipe"], record["accuracy"], record["reliability"], record["ratio_curve"], [
+        {key: value for key, value in epoch.items() if "seconds" not in key} for epoch in record["epochs"]]
+
+
+def everything(folder):
+    "The results in a folder, and proof that there is nothing else but locks"
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name != "locks"]
+    records = load_records(folder)
+    assert sorted(files) == sorted(Path(folder, f"{record['name']}.json") for record in records)
+    return [results(record) for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    "The twelve runs, trained one after the other in one process, and written nowhere"
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=train_alone, args=(sender,))
+    child.start()
+    found = receiver.recv()
+    child.join()
+    return found
+
+
+def train_alone(sender):
+    "In a child: the twelve runs without a grid"
+    sender.send([results(attempt(recipe, threads=1)) for recipe in sorted(TWELVE, key=lambda recipe: recipe.name)])
+
+
+def command(file, out, *words):
+    "A grid in a process group of its own"
+    return subprocess.Popen([sys.executable, "-m", "sumix_nb.grid", file, "--out", out, "--threads", "1", *words],
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_at_ten_random_moments_every_run_has_one_record(undisturbed, tmp_path):
+    file, out, chance, seen = tmp_path / "grid.toml", tmp_path / "records", random.Random(0), [0]
+    file.write_text(FILE)
+    for _ in range(10):
+        started = command(file, out)
+        assert any("running 1" in line for line in started.stdout)  # reads until a run has begun
+        time.sleep(chance.uniform(0, 1.5))
+        assert started.poll() is None
+        os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+        seen.append(len([recipe for recipe in TWELVE if state_of(recipe, out) == "done"]))
+        assert all(state_of(recipe, out) in ("done", "open") for recipe in TWELVE)
+    assert seen == sorted(seen) and 0 < seen[-1] < 12
+    said, _ = (last := command(file, out)).communicate()
+    assert last.returncode == 0, said
+    assert everything(out) == undisturbed
+
+
+def test_two_grids_share_a_folder(undisturbed, tmp_path):
+    file, out = tmp_path / "grid.toml", tmp_path / "records"
+    file.write_text(FILE)
+    pair = [command(file, out), command(file, out)]
+    said = [started.communicate()[0] for started in pair]
+    assert [started.returncode for started in pair] == [0, 0], said
+    assert everything(out) == undisturbed
+    assert all("running 1" in text for text in said)
+
+
+def test_a_run_is_taken_over_from_a_grid_that_dies(tmp_path):
+    recipe, = recipe_grid(epochs=300, **TINY)
+    file = tmp_path / "grid.toml"
+    file.write_text("\n".join([*(f"{name} = {value}" for name, value in TINY.items()), "epochs = 300"]))
+    other = command(file, tmp_path, "--checkpoints", str(tmp_path / "running"))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "running" / f"{recipe.name}.ckpt").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ours = Grid([recipe], tmp_path, LocalEngine(threads=1))
+    ours.begin(recipe.name)
+    assert ours.named("waiting") == [recipe.name] and not ours.running
+    os.killpg(other.pid, signal.SIGKILL)
+    other.communicate()
+    while not ours.running:
+        assert time.monotonic() < deadline
+        ours.begin(recipe.name)
+        time.sleep(0.01)
+    ours.stop()
+    assert state_of(recipe, tmp_path) == "open"
+
+
+def test_sigterm_ends_the_grid_and_its_run_with_a_checkpoint(tmp_path):
+    recipe, = recipe_grid(epochs=100000, **TINY)
+    file, running = tmp_path / "grid.toml", tmp_path / "running"
+    file.write_text("\n".join([*(f"{name} = {value}" for name, value in TINY.items()), "epochs = 100000"]))
+    started = command(file, tmp_path, "--checkpoints", str(running))
+    deadline = time.monotonic() + 120
+    while not (running / f"{recipe.name}.ckpt").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.terminate()
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM, said
+    assert checkpoints.read_checkpoint(running / f"{recipe.name}.ckpt")["epoch"] >= 1
+    assert not list(tmp_path.glob("*.json")) and not (tmp_path / "failed").exists()
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    parent = CONTEXT.Process(target=start_and_wait, args=(sender, tmp_path))
+    parent.start()
+    pid = receiver.recv()
+    assert Path(f"/proc/{pid}").exists()
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def start_and_wait(sender, folder):
+    "In a child: a run that lasts"
+    started = LocalEngine(threads=1).start(recipe_grid(epochs=100000, **TINY)[0], {})
+    sender.send(started.process.pid)
+    time.sleep(600)
+
+
+def test_a_full_disk_ends_the_grid_and_earlier_records_stay(tmp_path, monkeypatch):
+    recipes = recipe_grid(epochs=1, seed=[0, 1], **TINY)
+    train(recipes[0], progress=False, folder=tmp_path)
+    before = Path(tmp_path, f"{recipes[0].name}.json").read_bytes()
+    def full(*arguments, **options): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(grid, "write_record", full)
+    monkeypatch.setattr(LocalEngine, "same_disk", False)
+    runs = Grid(recipes, tmp_path, LocalEngine(threads=1))
+    with pytest.raises(OSError, match="No space left"): runs.run(quiet=True)
+    assert not runs.running and Path(tmp_path, f"{recipes[0].name}.json").read_bytes() == before
+    monkeypatch.undo()
+    assert len(Grid(recipes, tmp_path, LocalEngine(threads=1)).run(quiet=True)) == 2
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_a_record_that_a_child_cannot_write_is_a_failure_and_ends_the_grid_if_that_cannot_be_written_either(tmp_path):
+    recipe, = recipe_grid(epochs=1, **TINY)
+    (tmp_path / "failed").write_text("in the way of the folder")
+    (tmp_path / f"{recipe.name}.json").mkdir() # so that no file can take its name
+    with pytest.raises(OSError): Grid([recipe], tmp_path, LocalEngine(threads=1)).run(quiet=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write anywhere")
+def test_a_read_only_folder_is_a_clear_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=str(tmp_path)): Grid(TWELVE, tmp_path)
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "grid.toml").write_text(FILE)
+    with pytest.raises(SystemExit, match="sumix_grid: .*file"):
+        grid.sumix_grid(str(tmp_path / "grid.toml"), out=str(tmp_path / "file"))
+
+
+def test_a_mended_run_forgets_its_failure(tmp_path):
+    recipe, = recipe_grid(epochs=1, **TINY)
+    (tmp_path / "failed").mkdir()
+    failed = tmp_path / "failed" / f"{recipe.name}.json"
+    failed.write_text(json.dumps({"name": recipe.name, "error": "x", "recipe": {}}))
+    assert Grid([recipe], tmp_path).run(quiet=True) == [] and failed.exists()
+    record, = Grid([recipe], tmp_path, LocalEngine(threads=1), retry=True).run(quiet=True)
+    assert record["name"] == recipe.name and not failed.exists()
+
+
+def test_one_failure_leaves_the_others_alone(tmp_path):
+    good, = recipe_grid(epochs=1, **TINY)
+    runs = Grid([HOT, good, HOT], tmp_path, LocalEngine(threads=1))
+    record, = runs.run(quiet=True)
+    assert record["name"] == good.name and runs.named("failed") == [HOT.name] and len(runs.states) == 2
+    failure, = load_records(tmp_path / "failed")
+    assert failure["error"].startswith("FloatingPointError") and "Traceback" in failure["traceback"]
+
+
+def test_progress_is_rewritten_in_a_terminal_and_added_elsewhere(capsys, monkeypatch):
+    counts = {"done": 1, "running": 1, "waiting": 2}
+    board = grid.Board()
+    for left in (None, 60.0): board.show(counts, {"a run": 1.0}, left)
+    assert capsys.readouterr().out == "done 1 | running 1 | waiting 2\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    board = grid.Board()
+    for left in (None, 60.0): board.show(counts, {"a run": 3661.0}, left)
+    first, second = "done 1 | running 1 | waiting 2", "done 1 | running 1 | waiting 2 | about 0:01:00 left"
+    row = "\n  1:01:01  a run\n"
+    assert capsys.readouterr().out == f"{first}{row}\x1b[2F\x1b[J{second}{row}"
+    grid.Board(quiet=True).show(counts, {}, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_estimates():
+    assert seconds_left([10.0], [4.0], 0) == 6 and seconds_left([10.0], [], 2) == 20 and clock(59.6) == "0:01:00"
+
+
+def test_reading_names_the_file(tmp_path):
+    for content in ("a =", "runs = 1", "mixr = 'cutmix'", "seed = []", "recipe = 'no'", "epochs = 0"):
+        Path(tmp_path, "grid.toml").write_text(content)
+        with pytest.raises(ValueError, match="grid.toml: "): read_grid(tmp_path / "grid.toml")
+    with pytest.raises(FileNotFoundError): read_grid(tmp_path / "none.toml")
+
+
+# ---------------------------------------------------------------- on Ray
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_records(undisturbed, cluster, tmp_path):
+    Grid(TWELVE, tmp_path, grid.RayEngine(cpus=1)).run(quiet=True)
+    assert everything(tmp_path) == undisturbed
+
+
+def test_ray_tries_a_run_again_whose_worker_died(cluster, tmp_path):
+    import psutil
+    recipe, = recipe_grid(epochs=60, **TINY)
+    runs = Grid([recipe, HOT], tmp_path, grid.RayEngine(cpus=1))
+    for name in runs.named("waiting"): runs.begin(name)
+    def busy(): return [process for process in psutil.process_iter() if process.name().startswith("ray::attempt")]
+    deadline = time.monotonic() + 120
+    while not busy():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in busy(): process.kill()
+    record, = runs.run(quiet=True)
+    assert record["name"] == recipe.name and runs.named("failed") == [HOT.name]
+
+
+def test_ray_reports_a_worker_that_dies_too_often(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "attempt", dies)
+    engine = grid.RayEngine(cpus=1, retries=1)
+    runs = Grid([HOT], tmp_path, engine)
+    assert runs.run(quiet=True) == [] and runs.named("failed") == [HOT.name]
+    failure, = load_records(tmp_path / "failed")
+    assert "WorkerCrashedError" in failure["error"] and failure["recipe"]["lr"] == 1e30
+
+
+def dies(recipe, **options): os._exit(1)
+
+
+def test_engines_check_their_arguments(monkeypatch):
+    for options in ({"jobs": 0}, {"jobs": 1.5}, {"threads": 0}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(options))): LocalEngine(**options)
+    for options in ({"cpus": -1}, {"gpus": "one"}, {"retries": -1}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(options))): grid.RayEngine(**options)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"sumix_nb\[grid\]"): grid.RayEngine()
