@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIXERS', 'METHODS', 'OPTIMIZERS', 'CURVES', 'CHOICES', 'RANGES', 'BEFORE', 'SEEDS', 'younger', 'Recipe', 'EpochLog',
            'ratio_curve', 'MixWithClean', 'make_model', 'make_mix', 'make_callbacks', 'make_learner', 'train', 'fit',
-           'peak_memory', 'make_record', 'git_commit', 'write_record', 'load_records', 'unrecorded', 'records_by_seed',
-           'label_of', 'comparison_table', 'mean_and_spread', 'summary_table', 'plot_curves']
+           'peak_memory', 'make_record', 'git_commit', 'write_record', 'read_record', 'load_records', 'unrecorded',
+           'records_by_seed', 'label_of', 'comparison_table', 'mean_and_spread', 'summary_table', 'plot_curves']
 
 # %% ../nbs/experiments/10_training.ipynb #e927341c
 import hashlib
@@ -378,6 +378,15 @@ def write_record(
     return file
 
 # %% ../nbs/experiments/10_training.ipynb #554aca14
+def read_record(
+    file:Path, # As written by `write_record`
+)->dict: # Fields of its recipe that are younger than the record have the value that they stand for
+    "One record; `ValueError` that names a damaged file"
+    try: record = json.loads(file.read_text())
+    except ValueError as error: raise ValueError(f"{file} is not a whole record: {error}") from error
+    return record | {"recipe": BEFORE | record["recipe"]}
+
+
 def load_records(
     folder:str|Path, # Where records are kept
     **wanted, # Only records whose recipe has these values, e.g. `data="cifar100"`
@@ -386,13 +395,8 @@ def load_records(
     if not Path(folder).is_dir(): raise FileNotFoundError(f"no folder {folder} with records")
     unknown = set(wanted) - {field.name for field in fields(Recipe)}
     if unknown: raise ValueError(f"recipes have no field {sorted(unknown)}")
-    records = []
-    for file in sorted(Path(folder).glob("*.json")):
-        try: record = json.loads(file.read_text())
-        except json.JSONDecodeError as error: raise ValueError(f"{file} is not a whole record: {error}") from error
-        record["recipe"] = BEFORE | record["recipe"]
-        if all(record["recipe"][name] == value for name, value in wanted.items()): records.append(record)
-    return records
+    records = map(read_record, sorted(Path(folder).glob("*.json")))
+    return [record for record in records if all(record["recipe"][name] == value for name, value in wanted.items())]
 
 # %% ../nbs/experiments/10_training.ipynb #1f5bbf06
 SEEDS = (0, 1, 2) # Of every study

@@ -190,6 +190,16 @@ def test_a_mended_run_forgets_its_failure(tmp_path):
     assert record["name"] == recipe.name and not failed.exists()
 
 
+def test_damaged_records_are_named_and_skipped(tmp_path):
+    recipes = recipe_grid(epochs=1, seed=[0, 1], **TINY)
+    damaged = tmp_path / f"{recipes[0].name}.json"
+    for file in (damaged, tmp_path / "of_another_study.json"): file.write_text('{"name": ')
+    with pytest.warns(UserWarning, match=recipes[0].name): runs = Grid(recipes, tmp_path, LocalEngine(threads=1))
+    record, = runs.run(quiet=True)
+    assert record["name"] == recipes[1].name and runs.named("damaged") == [recipes[0].name]
+    assert damaged.read_text() == '{"name": '
+
+
 def test_one_failure_leaves_the_others_alone(tmp_path):
     good, = recipe_grid(epochs=1, **TINY)
     runs = Grid([HOT, good, HOT], tmp_path, LocalEngine(threads=1))
