@@ -20,7 +20,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	  echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
 	  echo "The venv module is missing: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,models,dist,grid]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,models,dist,grid,track]'
 	@touch $@
 
 demo: $(READY) ## Train plain, CutMix and CutMix + SUMix; DATA=cifar100 DATA_DIR=... for other images

@@ -334,15 +334,24 @@ def compute_loss(self:SUMix,
     self.remember(self.terms.ratio)
     return terms.loss
 
+# %% ../nbs/sumix/40_callback.ipynb #dc6dc303
+@patch
+def shares(self:Mix,
+    batches:int|None=None, # The last so many; all that are remembered by default
+)->tuple[Tensor, Tensor]: # (M,) lambda and (M,) lambda~ of their samples, on the Learner's device
+    "The shares that were mixed and labelled by; `ValueError` before any training"
+    if not self.history: raise ValueError("nothing was mixed yet: `fit` first")
+    last = list(self.history)[-(batches or len(self.history)):]
+    return tuple(torch.cat([pair[i] for pair in last]) for i in (0, 1))
+
 # %% ../nbs/sumix/40_callback.ipynb #df30d020
 @patch
 def plot_ratio(self:Mix,
     ax=None, # Axes to draw on; a new figure by default
 ): # The axes drawn on
     "lambda~ against lambda for the samples of the remembered batches; `ValueError` before any training"
-    if not self.history: raise ValueError("nothing to plot yet: `fit` first")
+    lam, ratio = (share.float().cpu() for share in self.shares())
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), layout="constrained")[1]
-    lam, ratio = (torch.cat([pair[i] for pair in self.history]).float().cpu() for i in (0, 1))
     ax.hist2d(lam.numpy(), ratio.numpy(), bins=40, range=[[0, 1], [0, 1]], cmin=1)
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     ax.set(xlabel=r"$\lambda$ (area)", ylabel=r"$\tilde\lambda$ (label)")

@@ -99,10 +99,11 @@ KEPT = {
     "AvgMetric": ("total", "count"),
     "AccumMetric": ("preds", "targs"),
     "MixedAccuracy": ("total", "count"),
+    "WandbCallback": ("_wandb_step", "_wandb_epoch"),
 } | dict.fromkeys((
     "Checkpoint", "TrainEvalCallback", "CastToTensor", "ProgressCallback", "CSVLogger", "ChannelsLast", "Autocast",
     "DistributedTrainer", "GradientClip", "BnFreeze", "ShortEpochCallback", "SkipToEpoch", "TerminateOnNaNCallback",
-    "MixHandler", "SpareFromDecay", "ValueMetric", "Distributed"), ())
+    "MixHandler", "SpareFromDecay", "ValueMetric", "Distributed", "TensorBoardCallback", "LogShares"), ())
 
 
 def kept_names(

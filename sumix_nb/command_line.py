@@ -18,7 +18,9 @@ from fastcore.docments import docments
 from fastcore.script import bool_arg
 
 from .checkpoints import Preempted
+from .distributed import leave_group
 from .recipes import find_recipe
+from .trackers import TRACKERS
 from .training import CHOICES, Recipe, comparison_table, train
 
 # %% ../nbs/experiments/28_command_line.ipynb #58930f4f
@@ -40,6 +42,7 @@ def option_parser()->argparse.ArgumentParser:
     add("--checkpoints", help="folder for a checkpoint, from which a run that was stopped goes on (default: none)")
     add("--every", type=int, default=1, help="epochs from one checkpoint to the next (default: 1)")
     add("--sync-bn", type=bool_arg, default=False, help="BatchNorm over the batch of all processes (default: False)")
+    add("--log", choices=TRACKERS, help="show the run there, with files in the folder of the record (default: nowhere)")
     readers, helps = {bool: bool_arg, int: int, float: float, dict: json.loads, int | None: int}, docments(Recipe)
     for field in fields(Recipe):
         known = [str(choice) for choice in CHOICES.get(field.name, ()) if choice]
@@ -67,12 +70,14 @@ def sumix_train(
     try:
         recipe = read_recipe(options)
         record = train(recipe, options["data_dir"], options["device"], options["out"],
-                       **{name: options[name] for name in ("workers", "checkpoints", "every", "sync_bn")})
+                       **{name: options[name] for name in ("workers", "checkpoints", "every", "sync_bn", "log")})
     except Preempted as stop:
+        leave_group()
         print(f"sumix_train: {stop}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError) as error:
         sys.exit(f"sumix_train: {error}")
+    leave_group()
     if rank_distrib() == 0: print(f"{comparison_table([record])}\n{Path(options['out'], recipe.name)}.json")
 
 # %% ../nbs/experiments/28_command_line.ipynb #f063253e

@@ -277,7 +277,7 @@ class Grid:
         out:str|Path="results", # Folder of the records
         engine=None, # A `LocalEngine`, one run at a time, by default
         retry:bool=False, # Run again what failed, or has a damaged record?
-        **options, # Of `train`: path, device, workers, checkpoints, every
+        **options, # Of `train`: path, device, workers, checkpoints, every, log
     ):
         self.recipes, self.out = {recipe.name: recipe for recipe in recipes}, Path(out)
         if not self.recipes: raise ValueError("`recipes` must have at least one recipe, got none")
@@ -370,6 +370,7 @@ def sumix_grid(
     workers:int=None, # Processes that decode large images; one a core, at most 8, by default
     checkpoints:str=None, # Folder of the checkpoints, from which runs go on that were stopped
     every:int=1, # Epochs from one checkpoint to the next
+    log:str=None, # Show the runs in "tensorboard" or "wandb"
     retry_failed:bool=False, # Run again what failed, or has a damaged record?
 )->None:
     "Run all recipes of a file that have no record; exit code 1 if one failed, 143 after SIGTERM"
@@ -380,7 +381,7 @@ def sumix_grid(
         recipes = read_grid(grid)
         runner = LocalEngine(jobs, threads) if engine == "local" else RayEngine(address, cpus, gpus)
         runs = Grid(recipes, out, runner, retry_failed, path=data_dir, device=device, workers=workers,
-                    checkpoints=checkpoints, every=every)
+                    checkpoints=checkpoints, every=every, log=log)
         runs.run()
     except (ValueError, TypeError, OSError, ImportError) as error: sys.exit(f"sumix_grid: {error}")
     lost = [f"{Path(out, 'failed', name)}.json: {json.loads(Path(out, 'failed', f'{name}.json').read_text())['error']}"

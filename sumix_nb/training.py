@@ -51,6 +51,7 @@ from .mixers.core import check_number, check_whole
 from .models import MODELS, get_model
 from .ratio import VARIANTS
 from .schedules import SpareFromDecay, cosine
+from .trackers import tracking
 
 # %% ../nbs/experiments/10_training.ipynb #526ca442
 MIXERS = {"none": None, "mixup": MixUp, "cutmix": CutMix, "fmix": FMix, "resizemix": ResizeMix,
@@ -153,13 +154,18 @@ class EpochLog(Callback):
     "Collects one dictionary per epoch in `epochs`, and `ratio_curve` and `reliability` after the last"
     order = Recorder.order + 1
 
-    def __init__(self): self.epochs, self.ratio_curve, self.reliability, self.seconds, self.sums = [], None, [], None, 0
+    def __init__(self):
+        self.epochs, self.ratio_curve, self.reliability = [], None, []
+        self.seconds, self.sums = None, None
 
     def before_epoch(self): self.seconds = None
 
     def before_train(self): self.seconds, self.started = 0.0, time.perf_counter()
 
-    def before_validate(self): self.sums = 0
+    def before_validate(self):
+        "No answer yet"
+        nothing = torch.zeros(0, 2, device=self.learn.dls.device)
+        self.sums = reliability_sums(nothing, nothing[:, 0].long())
 
     def after_batch(self):
         "Add the seconds since the last batch (a sum goes on when a stopped training does), or what was answered right"
@@ -177,8 +183,7 @@ class EpochLog(Callback):
         log |= {"seconds": self.seconds, "seconds_per_step": self.seconds / steps}
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
         if mix is not None:
-            shares = [torch.cat([pair[i] for pair in list(mix.history)[-steps:]]) for i in (0, 1)]
-            lam, ratio = (maybe_gather(share).float().cpu() for share in shares)
+            lam, ratio = (maybe_gather(share).float().cpu() for share in mix.shares(steps))
             log |= {"lam": lam.mean().item(), "ratio": ratio.mean().item(), "shift": (ratio - lam).abs().mean().item()}
             if isinstance(mix, SUMix): self.ratio_curve = ratio_curve(lam, ratio)
         self.reliability = reliability_curve(maybe_gather(self.sums[None]).sum(0))
@@ -300,12 +305,14 @@ def train(
     checkpoints:str|Path|None=None, # Folder of the checkpoint, from which a stopped run goes on; none by default
     every:int=1, # Epochs from one checkpoint to the next
     sync_bn:bool=False, # See `distribute`
+    log:str|None=None, # Show the run in "tensorboard" or "wandb", see `tracking`; nowhere by default
 )->dict: # The record, the same in all processes, of which the first writes it
-    "Train; errors of `make_learner`, `Checkpoint` and `distribute`; `FloatingPointError` for a loss not finite"
+    "Train; errors of what is called here; `FloatingPointError` for a loss that is not finite"
     learn, commit = learn or make_learner(recipe, path, device or local_device(), workers), git_commit()
     keepers = [] if checkpoints is None else [Checkpoint(checkpoints, recipe.name, every)]
-    with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
-        with no_random(recipe.seed), distribute(learn, sync_bn): fit(recipe, learn, keepers)
+    with (nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging(),
+          tracking(learn, log, recipe.name, asdict(recipe), folder), no_random(recipe.seed),
+          distribute(learn, sync_bn)): fit(recipe, learn, keepers)
     record = make_record(recipe, learn) | {"commit": commit, "processes": max(num_distrib(), 1), "sync_bn": sync_bn}
     if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
         raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")

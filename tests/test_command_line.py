@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sumix_nb import command_line
+from sumix_nb.checkpoints import Preempted
 from sumix_nb.command_line import option_parser, read_recipe, read_valid, sumix_train
 from sumix_nb.recipes import find_recipe
 from sumix_nb.training import Recipe, load_records
@@ -73,3 +75,23 @@ def test_every_field_is_an_option_that_reads_its_type():
         assert read == value and type(read) is type(value), field.name
     assert read_valid("test") == "test" and read_valid("0.25") == 0.25
     assert read_recipe({}) == Recipe()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_command_parts_from_other_processes_unless_an_error_ended_it(tmp_path, monkeypatch, stops):
+    left = []
+    monkeypatch.setattr(command_line, "leave_group", lambda: left.append(True))
+    if stops: monkeypatch.setattr(command_line, "train", lambda *args, **options: preempt())
+    words = ["--epochs", "1", "--width", "4", "--limit", "60", "--bs", "20", "--out", str(tmp_path)]
+    if stops:
+        with pytest.raises(SystemExit) as error: sumix_train(words)
+        assert error.value.code == 143
+    else: sumix_train(words)
+    assert left == [True]
+    monkeypatch.undo()
+    monkeypatch.setattr(command_line, "leave_group", lambda: left.append(True))
+    with pytest.raises(SystemExit, match="no folder"): sumix_train([*words, "--data=cifar100", "--data-dir=missing"])
+    assert left == [True]
+
+
+def preempt(): raise Preempted("stopped")

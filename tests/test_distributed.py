@@ -222,9 +222,10 @@ RUN = ("--data", "digits", "--width", "4", "--limit", "60", "--bs", "20", "--epo
 
 @pytest.mark.skipif(MISSING, reason=REASON)
 def test_the_command_runs_under_accelerate_and_reports_once(tmp_path):
-    printed = python(*LAUNCH, "-m", "sumix_nb.command_line", *RUN, tmp_path)
-    [file] = tmp_path.glob("*")
+    printed = python(*LAUNCH, "-m", "sumix_nb.command_line", *RUN, tmp_path, "--log", "tensorboard")
+    [file] = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["processes"] == 2
+    assert len([*tmp_path.glob(f"tensorboard/{file.stem}/events*")]) == 1
     assert len(re.findall(r"^CutMix \+ SUMix +[\d.]+%", printed, re.MULTILINE)) == printed.count(file.name) == 1
 
 
@@ -247,6 +248,31 @@ def test_the_launcher_of_notebooks_runs_two_processes(tmp_path):
     python("-c", NOTEBOOK, tmp_path, port)
     [file] = tmp_path.glob("*")
     assert json.loads(file.read_text())["processes"] == 2
+
+
+WATCHED = """
+import sys
+import torch
+from sumix_nb.distributed import leave_group, local_device
+from sumix_nb.training import Recipe, train
+
+recipe = Recipe(width=4, limit=60, bs=20, epochs=1, lr=0.02)
+train(recipe, device=local_device(), folder=sys.argv[1], progress=False, log="wandb", checkpoints=sys.argv[1])
+assert torch.distributed.is_initialized()
+leave_group()
+assert not torch.distributed.is_initialized()
+leave_group()
+"""
+
+
+@pytest.mark.skipif(MISSING, reason=REASON)
+def test_of_two_processes_one_is_watched_and_both_leave(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="it needs pip install 'sumix_nb[track]'")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")): monkeypatch.setenv(name, value)
+    script = tmp_path / "script.py"
+    script.write_text(WATCHED)
+    python(*LAUNCH, script, tmp_path)
+    assert len([*tmp_path.glob("*.json")]) == len([*tmp_path.glob("wandb/offline-run-*")]) == 1
 
 
 def test_one_process_trains_as_ever():

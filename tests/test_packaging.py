@@ -30,7 +30,7 @@ def test_settings_pyproject_and_package_agree():
     assert ini["version"] == sumix_nb.__version__
     assert set(project) == {"name", "dynamic"}, "all other metadata is written in settings.ini"
     assert "nbdev==3.3.26" in ini["dev_requirements"].split()
-    assert {"dev", "models", "eval", "dist", "grid", "corrupt"} == {
+    assert {"dev", "models", "eval", "dist", "grid", "track", "corrupt"} == {
         key.removesuffix("_requirements") for key in ini if key.endswith("_requirements")}
     assert f"version: {ini['version']}\n" in (ROOT / "CITATION.cff").read_text()
 

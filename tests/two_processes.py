@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sumix_nb.callback import Mix, MixedAccuracy, SUMix
 from sumix_nb.checkpoints import KEPT, Preempted
 from sumix_nb.data import RandomCropFlip, get_dls
-from sumix_nb.distributed import distribute, local_device
+from sumix_nb.distributed import distribute, leave_group, local_device
 from sumix_nb.mixers import CutMix
 from sumix_nb.mixers.core import Mixed
 from sumix_nb.models import get_model
@@ -186,3 +186,4 @@ if __name__ == "__main__":
              "resumed": [resumed(RECIPES["no_grad"], folder, 7, rank=1), resumed(RECIPES["all"], folder, 10, rank=0)],
              "refused": refused(), "other": other_trainings(), "plain": plain_loaders()}
     torch.save(found, folder / f"{rank_distrib()}.pt")
+    leave_group()
