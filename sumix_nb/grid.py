@@ -354,6 +354,13 @@ def run(self:Grid,
     finally: self.stop()
     return [read_record(self.out / f"{name}.json") for name in self.named("done")]
 
+# %% ../nbs/experiments/30_grid.ipynb #667a0544
+@patch
+def failures(self:Grid)->list[str]: # A line for each
+    "The runs that failed: the file with the traceback, and the error"
+    files = [self.out / "failed" / f"{name}.json" for name in self.named("failed")]
+    return [f"{file}: {json.loads(file.read_text())['error']}" for file in files]
+
 # %% ../nbs/experiments/30_grid.ipynb #1c9d825a
 @call_parse
 def sumix_grid(
@@ -384,6 +391,4 @@ def sumix_grid(
                     checkpoints=checkpoints, every=every, log=log)
         runs.run()
     except (ValueError, TypeError, OSError, ImportError) as error: sys.exit(f"sumix_grid: {error}")
-    lost = [f"{Path(out, 'failed', name)}.json: {json.loads(Path(out, 'failed', f'{name}.json').read_text())['error']}"
-            for name in runs.named("failed")]
-    if lost: sys.exit("\n".join(lost))
+    if lost := runs.failures(): sys.exit("\n".join(lost))

@@ -2,9 +2,9 @@
 import pytest
 
 from sumix_nb import ablations
-from sumix_nb.ablations import ARMS, BASE, ablation_table, arm_accuracies, arm_recipe, missing, run_ablations
+from sumix_nb.ablations import ARMS, BASE, ablation_table, arm_accuracies, arm_recipe, run_ablations
 from sumix_nb.ratio import VARIANTS
-from sumix_nb.training import SEEDS, load_records
+from sumix_nb.training import SEEDS, load_records, write_record
 from tests.conftest import ROOT
 
 
@@ -20,14 +20,19 @@ def test_the_arms_cover_variants_clean_modes_parts_and_controls():
     assert len({recipe.name for recipe in recipes}) == len(ARMS) and arm_recipe("CutMix", 2).seed == 2
 
 
-def test_only_runs_without_a_record_are_done_seed_by_seed(tmp_path, monkeypatch):
-    assert len(missing(tmp_path)) == len(ARMS) * len(SEEDS)
-    (tmp_path / f"{arm_recipe('poster', 0).name}.json").write_text("{}")
-    done = []
-    monkeypatch.setattr(ablations, "train", lambda recipe, path, folder: done.append((recipe, path, folder)))
-    run_ablations(data_dir="images", out=tmp_path, most=2)
-    assert done == [(arm_recipe(arm), "images", tmp_path) for arm in ("CutMix", "released")]
-    assert [recipe.seed for recipe in missing(tmp_path)] == [0] * (len(ARMS) - 1) + [1] * len(ARMS) + [2] * len(ARMS)
+def test_all_runs_are_one_grid_seed_by_seed(tmp_path, monkeypatch):
+    def told(grid):
+        assert list(grid.recipes.values()) == [arm_recipe(arm, seed) for seed in SEEDS for arm in ARMS]
+        assert grid.out == tmp_path and grid.options["path"] == "images" and grid.engine.slots == 2
+        grid.states = dict.fromkeys(grid.states, "done") | {arm_recipe("poster", 1).name: outcome}
+    failed = arm_recipe("poster", 1).name
+    write_record({"name": failed, "error": "OSError: no images"}, tmp_path / "failed")
+    monkeypatch.setattr(ablations.Grid, "run", told)
+    outcome = "done"
+    run_ablations(data_dir="images", out=tmp_path, jobs=2)
+    outcome = "failed"
+    with pytest.raises(SystemExit, match=f"{failed}.json: OSError: no images"):
+        run_ablations(data_dir="images", out=tmp_path, jobs=2)
 
 
 def test_the_table_pairs_seeds():
