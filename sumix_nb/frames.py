@@ -5,27 +5,27 @@
 # %% auto #0
 __all__ = ['MEASURED', 'runs_frame', 'epochs_frame']
 
-# %% ../nbs/experiments/35_frames.ipynb #d7f4f201
+# %% ../nbs/experiments/35_frames.ipynb #15e95ca4
 import pandas as pd
 
 from .evaluation.calibration import calibration_error
 from .training import label_of
 
-# %% ../nbs/experiments/35_frames.ipynb #619e7316
+# %% ../nbs/experiments/35_frames.ipynb #58051a08
 MEASURED = ("accuracy", "seconds", "seconds_per_step", "peak_memory", "processes", "device", "commit")
 
 
 def runs_frame(
     records:list[dict], # From `load_records`
 )->pd.DataFrame: # Indexed by the run's name
-    "What was run, `label` and fields of the recipe, and what came of it; `ece` is the calibration error; NaN if unknown"
+    "What was run, by `label` and recipe, and what came of it; `ece` is the calibration error; NaN where unknown"
     rows = [{"label": label_of(record["recipe"]), **record["recipe"], **{name: record.get(name) for name in MEASURED},
              "ece": calibration_error(record["reliability"]) if record.get("reliability") else None}
             for record in records]
     frame = pd.DataFrame(rows, index=pd.Index([record["name"] for record in records], name="name"))
     return frame.astype({name: "float64" for name in ("accuracy", "seconds", "ece", "peak_memory") if len(frame)})
 
-# %% ../nbs/experiments/35_frames.ipynb #e0a7acf8
+# %% ../nbs/experiments/35_frames.ipynb #f199b370
 def epochs_frame(
     records:list[dict], # From `load_records`
 )->pd.DataFrame: # A row for each epoch of each run, in their order
