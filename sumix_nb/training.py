@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
-from .checkpoints import Checkpoint, writing_whole
+from .checkpoints import Checkpoint
 from .data import SOURCES, STATS, get_dls
 from .distributed import distribute, local_device
 from .evaluation.calibration import reliability_curve, reliability_sums
@@ -51,6 +51,7 @@ from .mixers.core import check_number, check_whole
 from .models import MODELS, get_model
 from .ratio import VARIANTS
 from .schedules import SpareFromDecay, cosine
+from .state import writing_whole
 from .trackers import tracking
 
 # %% ../nbs/experiments/10_training.ipynb #526ca442

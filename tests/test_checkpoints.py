@@ -31,13 +31,16 @@ from fastai.torch_core import no_random
 from torch import nn
 
 from sumix_nb import checkpoints, training
+from sumix_nb import state as state_module
 from sumix_nb.callback import Mix, SUMix
-from sumix_nb.checkpoints import KEPT, Checkpoint, Preempted, kept, plain, random_state, read_checkpoint
+from sumix_nb.checkpoints import Checkpoint, Preempted
 from sumix_nb.command_line import sumix_train
 from sumix_nb.data import get_dls
 from sumix_nb.hardware import LossScaler, WeightAverage
 from sumix_nb.mixers import CutMix, MixUp, OneOf
 from sumix_nb.models import get_model
+from sumix_nb.state import (
+    KEPT, kept, plain, random_state, read_checkpoint, set_random_state, write_checkpoint)
 from sumix_nb.training import Recipe, load_records, make_learner, train
 
 RECIPE = Recipe(mixer="cutmix", method="sumix", width=4, epochs=3, bs=20, limit=60, lr=0.02)
@@ -437,7 +440,7 @@ def refused(learn, file, pattern, epochs=3):
 def file(undisturbed, tmp_path):
     "A checkpoint of `RECIPE`"
     path = tmp_path / f"{RECIPE.name}.ckpt"
-    checkpoints.write_checkpoint(undisturbed[1], path)
+    write_checkpoint(undisturbed[1], path)
     return path
 
 
@@ -520,7 +523,7 @@ def test_a_full_disk_ends_the_training_and_keeps_the_last_checkpoint(tmp_path, m
     def full(*paths):
         if replaced: raise OSError(28, "No space left on device")
         replaced.append(rename(*paths))
-    monkeypatch.setattr(checkpoints.os, "replace", full)
+    monkeypatch.setattr(state_module.os, "replace", full)
     learn = dropping_learner(own_loaders(DataLoader))
     with pytest.raises(OSError, match="No space"), learn.no_bar(), learn.no_logging():
         learn.fit(3, cbs=Checkpoint(tmp_path, "run"))
@@ -546,7 +549,7 @@ def test_the_generator_of_an_accelerator_is_kept(count, expected, monkeypatch):
     model = SimpleNamespace(parameters=lambda: iter([parameter]))
     learn = SimpleNamespace(model=model, dls=SimpleNamespace(loaders=[]))
     state = random_state(learn)
-    checkpoints.set_random_state(learn, state)
+    set_random_state(learn, state)
     assert state["device"] == ["state", *expected] and calls == [(state["device"], *expected)]
 
 
@@ -576,7 +579,7 @@ def in_child(recipe, folder, steps, torn):
         file.flush()
         steps.value = 1000
         time.sleep(600)
-    if torn is not None: checkpoints.torch.save = hang
+    if torn is not None: state_module.torch.save = hang
     record = train(recipe, progress=False, folder=folder, learn=learn, checkpoints=folder)
     save({"network": plain(learn.model), "optimiser": plain(learn.opt), "record": record}, Path(folder, "end.pt"))
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sumix_nb import checkpoints, grid
+from sumix_nb import grid
 from sumix_nb.grid import CONTEXT, Grid, LocalEngine, attempt, clock, read_grid, recipe_grid, seconds_left, state_of
+from sumix_nb.state import read_checkpoint
 from sumix_nb.training import Recipe, load_records, train, write_record
 
 CONTEXT.set_forkserver_preload(["sumix_nb.grid"])
@@ -121,7 +122,7 @@ def test_sigterm_ends_the_grid_and_its_run_with_a_checkpoint(tmp_path):
     started.terminate()
     said, _ = started.communicate(timeout=60)
     assert started.returncode == 128 + signal.SIGTERM, said
-    assert checkpoints.read_checkpoint(running / f"{recipe.name}.ckpt")["epoch"] >= 1
+    assert read_checkpoint(running / f"{recipe.name}.ckpt")["epoch"] >= 1
     assert not list(tmp_path.glob("*.json")) and not (tmp_path / "failed").exists()
 
 

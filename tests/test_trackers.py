@@ -11,8 +11,8 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (teaches `Learner` `lr_find`)
 
-from sumix_nb.checkpoints import KEPT
 from sumix_nb.grid import Grid, recipe_grid
+from sumix_nb.state import KEPT
 from sumix_nb.trackers import TRACKERS, LogShares, tracking
 from sumix_nb.training import Recipe, load_records, make_learner, train
 from tests.conftest import ROOT

@@ -16,12 +16,13 @@ from fastai.torch_core import no_random, num_distrib, rank_distrib
 from torch import Tensor, nn
 
 from sumix_nb.callback import Mix, MixedAccuracy, SUMix
-from sumix_nb.checkpoints import KEPT, Preempted
+from sumix_nb.checkpoints import Preempted
 from sumix_nb.data import RandomCropFlip, get_dls
 from sumix_nb.distributed import distribute, leave_group, local_device
 from sumix_nb.mixers import CutMix
 from sumix_nb.mixers.core import Mixed
 from sumix_nb.models import get_model
+from sumix_nb.state import KEPT
 from sumix_nb.training import Recipe, make_learner, train
 
 KINDS = ("mix", "no_grad", "concat", "separate", "corrected", "accumulated")
