@@ -52,9 +52,11 @@ def run_ablations(
     data_dir:str=None, # Folder with train/ and test/ class folders; else $SUMIX_DATA/cifar100, else a download
     out:str="results", # Folder of the records
     jobs:int=1, # Runs at a time
+    threads:int=None, # CPU threads of each; by default the cores are shared out
 ):
-    "Train every arm and seed that has no record; exit code 1 if one failed"
-    grid = Grid([arm_recipe(arm, seed) for seed in SEEDS for arm in ARMS], out, LocalEngine(jobs), path=data_dir)
+    "Train every arm and seed that has no record, those too that failed before; exit code 1 if one fails"
+    recipes = [arm_recipe(arm, seed) for seed in SEEDS for arm in ARMS]
+    grid = Grid(recipes, out, LocalEngine(jobs, threads), retry=True, path=data_dir)
     grid.run()
     if lost := grid.failures(): sys.exit("\n".join(lost))
 

@@ -327,9 +327,12 @@ def compute_loss(self:SUMix,
     clean_logits, features, clean_features = self.passes
     self.passes = None
     heads = [self.uncertainty_head(part) for part in (features, clean_features)]
-    terms = sumix_loss(logits, clean_logits, *heads, self.mixed, xi=self.xi, variant=self.variant,
-                       loss_func=self.learn.loss_func, relabel=self.relabel,
-                       encodings=(features, clean_features) if self.z == "features" else None)
+    options = {"xi": self.xi, "variant": self.variant, "relabel": self.relabel, "loss_func": self.learn.loss_func,
+               "encodings": (features, clean_features) if self.z == "features" else None}
+    try: terms = sumix_loss(logits, clean_logits, *heads, self.mixed, **options)
+    except ValueError as error:
+        if logits.isfinite().all() and clean_logits.isfinite().all(): raise
+        raise FloatingPointError("the logits are not finite: lower the learning rate") from error
     self.terms = SUMixTerms(*(term.detach() for term in terms))
     self.remember(self.terms.ratio)
     return terms.loss
@@ -339,7 +342,8 @@ def compute_loss(self:SUMix,
 def shares(self:Mix,
     batches:int|None=None, # The last so many; all that are remembered by default
 )->tuple[Tensor, Tensor]: # (M,) lambda and (M,) lambda~ of their samples, on the Learner's device
-    "The shares that were mixed and labelled by; `ValueError` before any training"
+    "The shares that were mixed and labelled by; `ValueError` before any training, or for less than one batch"
+    if batches is not None: check_whole("batches", batches, 1)
     if not self.history: raise ValueError("nothing was mixed yet: `fit` first")
     last = list(self.history)[-(batches or len(self.history)):]
     return tuple(torch.cat([pair[i] for pair in last]) for i in (0, 1))

@@ -49,7 +49,8 @@ def training_facts(
             "batch size": getattr(learn.dls, "bs", None), "number of classes": getattr(learn.dls, "c", None),
             "number of processes": dist.get_world_size() if in_group() else 1,
             "device": next(learn.model.parameters()).device.type, "optimiser": f"{' '.join(steps)} {sizes}",
-            "state in": sorted(name for name, group in holders(learn).items() for one in group if kept_names(one)),
+            "state in": sorted(name for name, group in holders(learn).items() for one in group
+                               if kept_names(one) and name != "LogShares"), # which may be added while a training waits
             **{f"network's {key}": shape for key, shape in shapes.items()}}
 
 

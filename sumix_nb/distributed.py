@@ -178,4 +178,5 @@ def distribute(
 # %% ../nbs/experiments/27_distributed.ipynb #c01a3f27
 def leave_group()->None:
     "Part from the other processes, as the last thing that a program does; nothing is done without others"
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    group = torch.distributed
+    if group.is_available() and group.is_initialized(): group.destroy_process_group()

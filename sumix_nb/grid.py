@@ -30,7 +30,7 @@ from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 
 from .checkpoints import Preempted
-from .command_line import read_recipe
+from .command_line import one_line, read_recipe
 from .mixers.core import check_number, check_whole
 from .training import Recipe, git_commit, read_record, train, write_record
 
@@ -96,7 +96,7 @@ def attempt(
     try: return train(recipe, progress=False, **options)
     except Preempted: raise
     except Exception as error:
-        return failure_of(recipe, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return failure_of(recipe, f"{type(error).__name__}: {one_line(error)}", traceback.format_exc())
 
 # %% ../nbs/experiments/30_grid.ipynb #af7e1eb0
 CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -385,10 +385,12 @@ def sumix_grid(
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         if engine not in ("local", "ray"): raise ValueError(f'`engine` must be "local" or "ray", got {engine!r}')
+        if engine == "ray" and log == "tensorboard":
+            raise ValueError('`log` must be "wandb" or nothing with Ray, whose workers may be on other machines')
         recipes = read_grid(grid)
         runner = LocalEngine(jobs, threads) if engine == "local" else RayEngine(address, cpus, gpus)
         runs = Grid(recipes, out, runner, retry_failed, path=data_dir, device=device, workers=workers,
                     checkpoints=checkpoints, every=every, log=log)
         runs.run()
-    except (ValueError, TypeError, OSError, ImportError) as error: sys.exit(f"sumix_grid: {error}")
+    except (ValueError, TypeError, OSError, ImportError) as error: sys.exit(f"sumix_grid: {one_line(error)}")
     if lost := runs.failures(): sys.exit("\n".join(lost))

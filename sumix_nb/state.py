@@ -73,7 +73,7 @@ def with_lists(
 KEPT = {
     "Recorder": ("lrs", "iters", "losses", "values", "smooth_loss"),
     "Mix": ("generator", "history"), # and `SUMix`
-    "EpochLog": ("epochs", "ratio_curve", "reliability", "seconds", "sums"),
+    "EpochLog": ("epochs", "ratio_curve", "reliability", "seconds", "sums", "first"),
     "LabelErrorLog": ("epochs",),
     "ParamScheduler": ("hps",),
     "GradientAccumulation": ("count",),
@@ -89,11 +89,11 @@ KEPT = {
     "AvgMetric": ("total", "count"),
     "AccumMetric": ("preds", "targs"),
     "MixedAccuracy": ("total", "count"),
-    "WandbCallback": ("_wandb_step", "_wandb_epoch"),
+    "LogShares": ("first",),
 } | dict.fromkeys((
     "Checkpoint", "TrainEvalCallback", "CastToTensor", "ProgressCallback", "CSVLogger", "ChannelsLast", "Autocast",
     "DistributedTrainer", "GradientClip", "BnFreeze", "ShortEpochCallback", "SkipToEpoch", "TerminateOnNaNCallback",
-    "MixHandler", "SpareFromDecay", "ValueMetric", "Distributed", "TensorBoardCallback", "LogShares"), ())
+    "MixHandler", "SpareFromDecay", "ValueMetric", "Distributed", "TensorBoardCallback", "WandbCallback"), ())
 
 
 def kept_names(

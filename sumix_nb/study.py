@@ -45,9 +45,10 @@ def accuracies(
 def gains(
     values:dict[str, dict[int, float]], # From `accuracies`
 )->dict[str, dict[int, float]]: # Arm with SUMix -> seed -> points
-    "What SUMix adds to its mixer in each seed that both have"
+    "What SUMix adds to its mixer in each seed that both have; without such a seed, an arm is left out"
     pairs = [(arm, arm.split(" + ")[0]) for arm in values if "SUMix" in arm]
-    return {arm: paired_differences(values[arm], values[base]) for arm, base in pairs if base in values}
+    return {arm: paired_differences(values[arm], values[base]) for arm, base in pairs
+            if values[arm].keys() & values.get(base, {}).keys()}
 
 # %% ../nbs/experiments/50_cifar100_cpu.ipynb #c038b95c
 def poster_row(
@@ -62,19 +63,20 @@ def poster_row(
 def study_table(
     values:dict[str, dict[int, float]], # From `accuracies`
 )->str: # Markdown
-    "A row for each pair of arms: mean and standard deviation of both, and what SUMix adds, seed by seed"
+    "A row for each pair of arms: mean and standard deviation over their common seeds, and what SUMix adds"
     found = gains(values)
     lines = ["| mixer | seeds | without | with SUMix | difference [95 % interval] | poster |",
              "|---|---|---|---|---|---|"]
     for base in [arm for arm in values if "SUMix" not in arm]:
-        own, poster = mean_and_spread(list(values[base].values())), poster_row(base)
-        pairs = {arm: pair for arm, pair in found.items() if arm.startswith(f"{base} + SUMix")}
+        poster, pairs = poster_row(base), {arm: pair for arm, pair in found.items() if arm.split(" + ")[0] == base}
+        own = mean_and_spread(list(values[base].values()))
         if not pairs: lines.append(f"| {base} | {len(values[base])} | {own} | | | {poster} |")
         for arm, pair in pairs.items():
             added = f"{statistics.mean(pair.values()):+.2f}"
             if len(pair) > 1: added += " [{:+.2f}, {:+.2f}]".format(*paired_interval(pair))
-            name, mean = arm.replace(" + SUMix", ""), mean_and_spread(list(values[arm].values()))
-            lines.append(f"| {name} | {len(pair)} | {own} | {mean} | {added} | {poster if name == base else ''} |")
+            name = arm.replace(" + SUMix", "")
+            both = [mean_and_spread([values[one][seed] for seed in pair]) for one in (base, arm)]
+            lines.append(f"| {name} | {len(pair)} | {' | '.join(both)} | {added} | {poster if name == base else ''} |")
     return "\n".join(lines)
 
 # %% ../nbs/experiments/50_cifar100_cpu.ipynb #2680ef7b

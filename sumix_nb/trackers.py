@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import maybe_gather, rank_distrib
+from fastcore.basics import patch
 
 from .callback import Mix
 
@@ -24,25 +25,49 @@ class LogShares(Callback):
     order = Recorder.order + 2 # after theirs
     bins = np.linspace(0, 1, 41)
 
-    def __init__(self): self.mix = None
+    def __init__(self): self.first, self.offset = None, None
 
     def before_fit(self):
         "`ValueError` if nothing is there to write to"
         if not any(hasattr(self.learn, name) for name in ("tensor_board", "wandb")):
             raise ValueError("`LogShares` must stand beside fastai's `TensorBoardCallback` or `WandbCallback`")
-        self.mix = next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
+        self.offset = None
+
+    def before_epoch(self): self.first = None
+
+    def before_train(self): self.first = self.learn.train_iter
 
     def after_epoch(self):
-        "Write them, if something was mixed and its tracker writes too"
-        shares = () if self.mix is None else self.mix.shares(len(self.learn.dls.train))
-        for name, values in zip(("lam", "ratio"), shares):
-            values, trackers = values.float().cpu().numpy(), vars(self.learn)
-            if "tensor_board" in trackers and trackers["tensor_board"].run:
-                trackers["tensor_board"].writer.add_histogram(name, values, self.learn.train_iter, bins=self.bins)
-            if "wandb" in trackers and trackers["wandb"].run:
-                import wandb
-                histogram = wandb.Histogram(np_histogram=np.histogram(values, self.bins))
-                wandb.log({name: histogram}, commit=False) # to the step that `WandbCallback` wrote last
+        "Write them, if this was an epoch of training and something was mixed in it"
+        mix = next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
+        if mix is None or self.first is None: return
+        shares = [maybe_gather(share).float().cpu().numpy() for share in mix.shares(self.learn.train_iter - self.first)]
+        for name, values in zip(("lam", "ratio"), shares): self.write(name, values)
+
+# %% ../nbs/experiments/29_trackers.ipynb #715c4821
+@patch
+def write(self:LogShares,
+    name:str, # Of the histogram
+    values:np.ndarray, # (M,) in [0, 1]
+)->None:
+    "Write a histogram where a tracker is running; in other processes than the first none is"
+    trackers = vars(self.learn)
+    if "tensor_board" in trackers and trackers["tensor_board"].run:
+        trackers["tensor_board"].writer.add_histogram(name, values, self.learn.train_iter, bins=self.bins)
+    if "wandb" in trackers and trackers["wandb"].run:
+        import wandb
+        histogram = wandb.Histogram(np_histogram=np.histogram(values, self.bins))
+        wandb.log({name: histogram}, step=trackers["wandb"]._wandb_step)
+
+
+@patch
+def before_batch(self:LogShares):
+    "Correct the counts of `WandbCallback`, which adds a step and a share of an epoch after each batch"
+    tracker = vars(self.learn).get("wandb")
+    if tracker is None or not self.training or not tracker.run: return
+    done = self.learn.train_iter
+    if self.offset is None: self.offset = max(tracker._wandb_step + 1 - done, 0)
+    tracker._wandb_step, tracker._wandb_epoch = self.offset + done - 1, done / self.learn.n_iter
 
 # %% ../nbs/experiments/29_trackers.ipynb #e989debc
 @contextmanager
@@ -71,21 +96,21 @@ def to_wandb(
     "fastai's callback for Weights & Biases, and a run around it; `ConnectionError` without a server or a login"
     import wandb
     from fastai.callback.wandb import WandbCallback
-    own = wandb.run is None
-    if own:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        try: wandb.init(project=os.environ.get("WANDB_PROJECT", "sumix_nb"), name=name, dir=folder,
-                        mode="disabled" if rank_distrib() > 0 else None)
-        except wandb.errors.Error as error:
-            raise ConnectionError(f"Weights & Biases: {error} Without a server: WANDB_MODE=offline") from error
-    wandb.config.update(config, allow_val_change=True)
-    learn.gather_args = dict
-    failed = True
+    own, failed = wandb.run is None, True
     try:
+        if own:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "sumix_nb"), name=name, dir=folder,
+                       mode="disabled" if rank_distrib() > 0 else None)
+        wandb.config.update(config, allow_val_change=True)
+        if wandb.run.summary.get("epoch") is None: wandb.run.summary["epoch"] = 0 # fastai reads it
+        learn.gather_args = dict
         yield WandbCallback(log_preds=False)
         failed = False
+    except wandb.errors.Error as error:
+        raise ConnectionError(f"Weights & Biases: {error} Without a server: WANDB_MODE=offline") from error
     finally:
-        del learn.gather_args
+        vars(learn).pop("gather_args", None)
         if own: wandb.finish(int(failed))
 
 # %% ../nbs/experiments/29_trackers.ipynb #e64ce1e8
@@ -105,6 +130,8 @@ def tracking(
     if kind is None:
         yield learn
         return
+    if any(hasattr(learn, name) for name in ("tensor_board", "wandb")):
+        raise ValueError("`learn` must have no tracker of its own, got one that has")
     try: import_module(f"fastai.callback.{kind}")
     except ImportError as error: raise ImportError(f"{kind} is missing: pip install 'sumix_nb[track]'") from error
     with TRACKERS[kind](learn, name, config, folder or ".") as callback, learn.added_cbs([callback, LogShares()]):

@@ -157,11 +157,11 @@ class EpochLog(Callback):
 
     def __init__(self):
         self.epochs, self.ratio_curve, self.reliability = [], None, []
-        self.seconds, self.sums = None, None
+        self.seconds, self.sums, self.first = None, None, 0
 
     def before_epoch(self): self.seconds = None
 
-    def before_train(self): self.seconds, self.started = 0.0, time.perf_counter()
+    def before_train(self): self.seconds, self.started, self.first = 0.0, time.perf_counter(), self.learn.train_iter
 
     def before_validate(self):
         "No answer yet"
@@ -177,9 +177,9 @@ class EpochLog(Callback):
         self.seconds, self.started = self.seconds + now - self.started, now
 
     def after_epoch(self):
-        "Add an epoch, unless nothing was trained in it"
-        if self.seconds is None: return
-        names, steps = ("train_loss", "valid_loss", "accuracy"), len(self.learn.dls.train)
+        "Add an epoch, unless nothing was trained in it or a learning rate is being searched"
+        if self.seconds is None or hasattr(self.learn, "lr_finder"): return
+        names, steps = ("train_loss", "valid_loss", "accuracy"), self.learn.train_iter - self.first
         log = {"epoch": self.learn.epoch, **dict(zip(names, self.learn.recorder.values[-1]))}
         log |= {"seconds": self.seconds, "seconds_per_step": self.seconds / steps}
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
@@ -310,15 +310,16 @@ def train(
 )->dict: # The record, the same in all processes, of which the first writes it
     "Train; errors of what is called here; `FloatingPointError` for a loss that is not finite"
     learn, commit = learn or make_learner(recipe, path, device or local_device(), workers), git_commit()
+    if learn.opt is not None: raise ValueError("`learn` must be fresh, got one that was trained or searched with")
     keepers = [] if checkpoints is None else [Checkpoint(checkpoints, recipe.name, every)]
     with (nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging(),
-          tracking(learn, log, recipe.name, asdict(recipe), folder), no_random(recipe.seed),
-          distribute(learn, sync_bn)): fit(recipe, learn, keepers)
-    record = make_record(recipe, learn) | {"commit": commit, "processes": max(num_distrib(), 1), "sync_bn": sync_bn}
-    if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
-        raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")
-    if rank_distrib() > 0: return record
-    if folder is not None: write_record(record, folder)
+          tracking(learn, log, recipe.name, asdict(recipe), folder)):
+        with no_random(recipe.seed), distribute(learn, sync_bn): fit(recipe, learn, keepers)
+        record = make_record(recipe, learn) | {"commit": commit, "processes": max(num_distrib(), 1), "sync_bn": sync_bn}
+        if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
+            raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")
+        if rank_distrib() > 0: return record
+        if folder is not None: write_record(record, folder)
     for keeper in keepers: keeper.remove()
     return record
 

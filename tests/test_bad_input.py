@@ -325,7 +325,8 @@ CASES = [
      ValueError, r"SUMix needs class indices"),
     ("callback: uint8 images", lambda: train(Mix(CutMix()), pairs=[(IMAGES[0].byte(), TARGET[0])] * 4), ValueError,
      r"`images` must be floating point"),
-    ("callback: nothing to plot", lambda: Mix(CutMix()).plot_ratio(), ValueError, r"nothing to plot yet: `fit` first"),
+    ("callback: nothing was mixed", lambda: Mix(CutMix()).plot_ratio(), ValueError,
+     r"nothing was mixed yet: `fit` first"),
     ("callback: nothing to show", lambda: SUMix(CutMix()).show_mixed(), ValueError,
      r"nothing to show yet: `fit` first"),
 ]

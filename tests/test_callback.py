@@ -1150,7 +1150,7 @@ def test_mix_remembers_the_shares_that_it_used():
 def test_plots_before_any_training_are_refused(make):
     cb = make(CutMix())
     learner(cb)
-    with pytest.raises(ValueError, match="nothing to plot yet: `fit` first"): cb.plot_ratio()
+    with pytest.raises(ValueError, match="nothing was mixed yet: `fit` first"): cb.plot_ratio()
     with pytest.raises(ValueError, match="nothing to show yet: `fit` first"): cb.show_mixed()
 
 

@@ -77,6 +77,12 @@ def test_every_field_is_an_option_that_reads_its_type():
     assert read_recipe({}) == Recipe()
 
 
+def test_an_error_out_of_a_callback_is_one_line_too(tmp_path):
+    words = f"--mixer cutmix --method sumix --lr 1e12 --width 4 --limit 60 --bs 20 --epochs 3 --out {tmp_path}".split()
+    with pytest.raises(SystemExit, match="^sumix_train: .*not finite: lower") as error: sumix_train(words)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("stops", [False, True])
 def test_the_command_parts_from_other_processes_unless_an_error_ended_it(tmp_path, monkeypatch, stops):
     left = []

@@ -302,3 +302,11 @@ def test_engines_check_their_arguments(monkeypatch):
         with pytest.raises((ValueError, TypeError), match=next(iter(options))): grid.RayEngine(**options)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"sumix_nb\[grid\]"): grid.RayEngine()
+
+
+def test_a_failure_out_of_a_callback_is_one_line(tmp_path):
+    recipe = Recipe(**TINY | {"lr": 1e12}, mixer="cutmix", method="sumix", epochs=3)
+    runs = Grid([recipe], tmp_path, LocalEngine(threads=1))
+    runs.run(quiet=True)
+    line, = runs.failures()
+    assert "\n" not in line and f"{recipe.name}.json: FloatingPointError: " in line and "not finite: lower" in line

@@ -4,6 +4,9 @@ import os
 import struct
 import subprocess
 import sys
+import time
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +33,7 @@ def offline(monkeypatch, tmp_path):
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path / "home")}.items():
         monkeypatch.setenv(name, value)
     for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_PROJECT"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(KEPT, "Fails", ())
     yield
     wandb.finish()
 
@@ -39,8 +43,10 @@ def chunks(data):
     position, whole = 7, b""
     while position + 7 <= len(data):
         if (left := 32768 - position % 32768) < 7: position += left
+        if position + 7 > len(data): return
         _, length, kind = struct.unpack("<IHB", data[position:position + 7])
         whole += data[position + 7:position + 7 + length]
+        if position + 7 + length > len(data): return  # not yet written
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
             yield whole
@@ -48,9 +54,16 @@ def chunks(data):
 
 
 def offline_run(folder):
-    "What is in the only run of a folder: steps -> values, the settings, project, name and exit code"
-    from wandb.proto.wandb_internal_pb2 import Record
+    "What is in the only run of a folder, once its end is written, which is done by another process"
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    last = time.monotonic() + 60
+    while (found := read_run(file)).exit_code is None and time.monotonic() < last: time.sleep(0.2)
+    return found
+
+
+def read_run(file):
+    "Steps -> values, the settings, project, name and exit code"
+    from wandb.proto.wandb_internal_pb2 import Record
     found = SimpleNamespace(history={}, config={}, exit_code=None)
     for chunk in chunks(file.read_bytes()):
         record = Record.FromString(chunk)
@@ -82,10 +95,11 @@ class Fails(Callback):
         if self.learn.train_iter == self.step: raise RuntimeError("lost power")
 
 
-def run(folder, log, fail_at=None):
+def run(folder, log, fail_at=None, every=1):
     learn = make_learner(RECIPE, device="cpu")
     if fail_at is not None: learn.add_cb(Fails(fail_at))
-    record = train(RECIPE, folder=folder, progress=False, learn=learn, checkpoints=folder / "running", log=log)
+    options = {"checkpoints": folder / "running", "every": every, "log": log}
+    record = train(RECIPE, folder=folder, progress=False, learn=learn, **options)
     return learn, record
 
 
@@ -94,6 +108,14 @@ def lasting(record): return [{k: v for k, v in epoch.items() if "second" not in 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory): return run(tmp_path_factory.mktemp("plain"), None)
+
+
+@pytest.mark.parametrize("method", ["mce", "sumix"])
+@pytest.mark.parametrize("log", TRACKERS)
+def test_watching_is_silent(tmp_path, log, method):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*shadowing.*")
+        train(replace(RECIPE, method=method, epochs=1), device="cpu", folder=tmp_path, progress=False, log=log)
 
 
 @pytest.mark.parametrize("log", TRACKERS)
@@ -135,34 +157,98 @@ def test_wandb_gets_losses_metrics_and_both_histograms(tmp_path, plain):
             assert mean == pytest.approx(epoch[name], abs=1 / 80)
 
 
-@pytest.mark.parametrize("log", TRACKERS)
-def test_a_stopped_run_goes_on_with_its_own_steps_and_epochs(tmp_path, plain, monkeypatch, log):
-    monkeypatch.setitem(KEPT, "Fails", ())
-    with pytest.raises(RuntimeError, match="lost power"): run(tmp_path, log, fail_at=7)
-    if log == "wandb":
-        before = offline_run(tmp_path)
-        assert before.exit_code == 1 and max(before.history) == 6
-        for folder in tmp_path.glob("wandb/offline-run-*"): folder.rename(tmp_path / "before")
-    _, record = run(tmp_path, log)
+def interrupted(tmp_path, log, fail_at, every):
+    "A run that is stopped, and the folder of its wandb run put aside"
+    with pytest.raises(RuntimeError, match="lost power"): run(tmp_path, log, fail_at, every)
+    for folder in tmp_path.glob("wandb/offline-run-*"): folder.rename(tmp_path / "before")
+
+
+def test_a_stopped_run_goes_on_in_tensorboard(tmp_path, plain):
+    interrupted(tmp_path, "tensorboard", fail_at=7, every=2)
+    assert lasting(run(tmp_path, "tensorboard")[1]) == lasting(plain[1])
+    found = tensorboard_run(tmp_path / "tensorboard" / RECIPE.name)
+    assert steps_of(found, "train_loss") == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]  # step 7 was not in the checkpoint
+    values = [event.value for event in found.Scalars("train_loss")]
+    assert values[6] == values[7]
+    assert steps_of(found, "accuracy") == [event.step for event in found.Histograms("ratio")] == [3, 6, 9]
+
+
+def test_a_stopped_run_goes_on_in_wandb_with_its_own_steps_and_epochs(tmp_path, plain):
+    with pytest.raises(RuntimeError, match="lost power"): run(tmp_path, "wandb", fail_at=7)
+    before = offline_run(tmp_path)
+    assert before.exit_code == 1 and max(before.history) == 6
+    for folder in tmp_path.glob("wandb/offline-run-*"): folder.rename(tmp_path / "before")
+    _, record = run(tmp_path, "wandb")
     assert lasting(record) == lasting(plain[1])
-    if log == "wandb":
+    after = offline_run(tmp_path).history
+    assert [step for step, values in after.items() if "train_loss" in values] == [6, 7, 8]
+    assert after[8]["epoch"] == 3 and after[8]["accuracy"] == pytest.approx(record["accuracy"])
+    assert after[6]["epoch"] == pytest.approx(7 / 3) and any(name.startswith("ratio") for name in after[8])
+
+
+@pytest.mark.parametrize(("first", "then"), [("wandb", None), (None, "wandb"), ("tensorboard", "wandb")])
+def test_a_stopped_run_may_be_watched_in_another_way(tmp_path, plain, first, then):
+    interrupted(tmp_path, first, fail_at=7, every=1)
+    assert lasting(run(tmp_path, then)[1]) == lasting(plain[1])
+    if then == "wandb":
         after = offline_run(tmp_path).history
-        assert [step for step, values in after.items() if "train_loss" in values] == [6, 7, 8]
-        assert after[8]["epoch"] == 3 and after[8]["accuracy"] == pytest.approx(record["accuracy"])
-    else:
-        found = tensorboard_run(tmp_path / "tensorboard" / RECIPE.name)
-        assert sorted({*steps_of(found, "train_loss")}) == list(range(1, STEPS + 1))
-        assert steps_of(found, "accuracy") == [3, 6, 9]
-        assert [event.step for event in found.Histograms("ratio")] == [3, 6, 9]
+        assert max(after) == 8 and after[8]["epoch"] == 3
 
 
-def test_a_run_that_is_under_way_is_used_and_left_open(tmp_path):
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_run_that_is_under_way_is_used_and_left_open(tmp_path, logged):
     tmp_path.joinpath("mine").mkdir()
     mine = wandb.init(project="a sweep", name="seventh", dir=tmp_path / "mine")
+    for n in range(5 * logged): wandb.log({"images": n})
     run(tmp_path, "wandb")
     assert wandb.run is mine and mine.config["mixer"] == "cutmix" and not (tmp_path / "wandb").exists()
     wandb.finish()
-    assert (tmp_path / "mine" / "wandb").is_dir()
+    history = offline_run(tmp_path / "mine").history
+    ends = [step for step, values in history.items() if "accuracy" in values]
+    assert ends == [step + 5 * logged for step in (2, 5, 8)]
+    for step, epoch in zip(ends, (1, 2, 3)):
+        assert history[step]["epoch"] == epoch and any(name.startswith("lam") for name in history[step])
+
+
+def test_a_run_that_diverges_is_logged_as_failed(tmp_path):
+    recipe = replace(RECIPE, method="mce", lr=1e12)
+    with pytest.raises(FloatingPointError): train(recipe, device="cpu", folder=tmp_path, progress=False, log="wandb")
+    assert offline_run(tmp_path).exit_code == 1
+
+
+def test_the_record_is_safe_before_the_tracker_ends(tmp_path, monkeypatch):
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(wandb, "finish", interrupt)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path, "wandb")
+    monkeypatch.undo()
+    assert len(load_records(tmp_path)) == 1
+
+
+def test_a_run_does_not_stay_open_if_its_settings_are_refused(tmp_path):
+    learn = make_learner(RECIPE, device="cpu")
+    with pytest.raises(AttributeError), tracking(learn, "wandb", "run", {1: "x"}, tmp_path): pass
+    assert wandb.run is None and "gather_args" not in vars(learn)
+
+
+@pytest.mark.parametrize("log", TRACKERS)
+def test_validation_writes_nothing(tmp_path, log):
+    learn = make_learner(RECIPE, device="cpu")
+    with learn.no_bar(), learn.no_logging(), tracking(learn, log, "run", {}, tmp_path):
+        learn.validate()
+        learn.fit(1)
+        learn.validate()
+        learn.get_preds()
+    if log == "tensorboard":
+        assert [event.step for event in tensorboard_run(tmp_path / "tensorboard" / "run").Histograms("lam")] == [3]
+    else:
+        history = offline_run(tmp_path).history
+        assert sum(any(name.startswith("lam") for name in values) for values in history.values()) == 1
+
+
+def test_a_second_tracker_is_refused(tmp_path):
+    learn = make_learner(RECIPE, device="cpu")
+    with tracking(learn, "tensorboard", "run", {}, tmp_path), pytest.raises(ValueError, match="no tracker of its own"):
+        with tracking(learn, "wandb", "run", {}, tmp_path): pass
 
 
 def test_project_may_be_chosen(tmp_path, monkeypatch):

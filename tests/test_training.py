@@ -64,6 +64,24 @@ def test_a_validation_outside_of_a_fit_is_no_epoch(options):
     assert len(learn.epoch_log.epochs) == 1
 
 
+def test_a_search_is_no_epoch_and_a_used_learner_is_refused():
+    recipe = replace(TINY, mixer="cutmix", method="sumix", epochs=2)
+    learn = make_learner(recipe)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=9, show_plot=False)
+    assert learn.epoch_log.epochs == []
+    with pytest.raises(ValueError, match="`learn` must be fresh"): train(recipe, progress=False, learn=learn)
+    learn = make_learner(recipe)
+    train(recipe, progress=False, learn=learn)
+    with pytest.raises(ValueError, match="`learn` must be fresh"): train(recipe, progress=False, learn=learn)
+    assert len(learn.epoch_log.epochs) == 2
+
+
+def test_a_diverged_training_says_so_with_sumix_too():
+    for method in ("mce", "sumix"):
+        with pytest.raises(FloatingPointError, match="lower"):
+            train(replace(TINY, mixer="cutmix", method=method, lr=1e12, epochs=3), progress=False)
+
+
 class Batches(Callback):
     "Keeps every training batch and mixture"
     run_valid, order = False, 40
