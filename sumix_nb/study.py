@@ -11,7 +11,8 @@ from dataclasses import asdict
 
 from scipy import stats
 
-from .comparisons import check_share, paired_differences, paired_interval, pooled_spread
+from .comparisons import check_share, paired_differences, paired_interval
+from .power import pooled_spread
 from .recipes import PUBLISHED
 from .training import MIXERS, Recipe, label_of, mean_and_spread
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
-from sumix_nb import comparisons
-from sumix_nb.comparisons import as_differences, check_share, holm, paired_differences, paired_interval, paired_power
-from sumix_nb.comparisons import paired_table, pooled_spread, seeds_needed, sign_test
+from sumix_nb import comparisons, power
+from sumix_nb.comparisons import as_differences, check_share, holm, paired_differences, paired_interval
+from sumix_nb.comparisons import paired_table, sign_test
+from sumix_nb.power import paired_power, pooled_spread, seeds_needed
 
 PUBLIC = (as_differences, check_share, holm, paired_differences, paired_interval, paired_power, paired_table,
           pooled_spread, seeds_needed, sign_test)
@@ -24,7 +25,7 @@ def draws(n, seed=0, mean=0.4, spread=0.7):
 
 
 def test_every_public_name_is_tested_here():
-    assert {function.__name__ for function in PUBLIC} == set(comparisons.__all__)
+    assert {function.__name__ for function in PUBLIC} == {*comparisons.__all__, *power.__all__}
     assert all(inspect.getdoc(function) for function in PUBLIC)
 
 
