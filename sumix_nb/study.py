@@ -14,7 +14,7 @@ from scipy import stats
 from .comparisons import check_share, paired_differences, paired_interval
 from .power import pooled_spread
 from .recipes import PUBLISHED
-from .training import MIXERS, Recipe, label_of, mean_and_spread
+from .training import MIXERS, Recipe, label_of, mean_and_spread, records_by_seed
 
 # %% ../nbs/experiments/50_cifar100_cpu.ipynb #f6007139
 def arm_of(
@@ -30,10 +30,9 @@ def study_runs(
     records:list[dict], # Of any runs
 )->dict[str, dict[int, dict]]: # Arm -> seed -> record, of what has been run, in the order of the recipes
     "The records of a study; others are left out"
-    by_name, found = {record["name"]: record for record in records}, {}
-    for recipe in recipes:
-        if recipe.name in by_name: found.setdefault(arm_of(recipe), {})[recipe.seed] = by_name[recipe.name]
-    return found
+    study = {}
+    for recipe in recipes: study.setdefault(arm_of(recipe), []).append(recipe)
+    return records_by_seed(records, study)
 
 # %% ../nbs/experiments/50_cifar100_cpu.ipynb #31205f16
 def accuracies(

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -421,14 +420,12 @@ def unrecorded(
 
 def records_by_seed(
     records:list[dict], # Records of any runs
-    recipe_of:Callable, # Called as `recipe_of(label, seed)`, gives the recipe of a run
-    labels, # Labels of the study
+    study:dict[str, list[Recipe]], # Label of an arm -> its runs, which differ in their seeds
 )->dict[str, dict[int, dict]]: # Label -> seed -> record, of those that there are
     "The records of a study in its order; others are left out"
     by_name = {record["name"]: record for record in records}
-    names = {label: {seed: recipe_of(label, seed).name for seed in SEEDS} for label in labels}
-    found = {label: {seed: by_name[name] for seed, name in seeds.items() if name in by_name}
-             for label, seeds in names.items()}
+    found = {label: {recipe.seed: by_name[recipe.name] for recipe in recipes if recipe.name in by_name}
+             for label, recipes in study.items()}
     return {label: runs for label, runs in found.items() if runs}
 
 # %% ../nbs/experiments/10_training.ipynb #c1f65081

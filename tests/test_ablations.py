@@ -1,8 +1,8 @@
-"The arms of the ablations, what is missing of them, and the table that is made of their records"
+"The arms of the ablations, how they are run, and what is found of their records"
 import pytest
 
 from sumix_nb import ablations
-from sumix_nb.ablations import ARMS, BASE, ablation_table, arm_accuracies, arm_recipe, run_ablations
+from sumix_nb.ablations import ARMS, BASE, arm_accuracies, arm_recipe, run_ablations
 from sumix_nb.ratio import VARIANTS
 from sumix_nb.training import SEEDS, load_records, write_record
 from tests.conftest import ROOT
@@ -34,12 +34,6 @@ def test_all_runs_are_one_grid_seed_by_seed(tmp_path, monkeypatch):
     outcome = "failed"
     with pytest.raises(SystemExit, match=f"{failed}.json: OSError: no images"):
         run_ablations(data_dir="images", out=tmp_path, jobs=2, threads=1)
-
-
-def test_the_table_pairs_seeds():
-    lines = ablation_table({"CutMix": {0: 10.0, 2: 20.0}, "poster": {1: 90.0, 2: 21.0}}).splitlines()
-    assert lines[1].split() == ["CutMix", "2", "15.0", "±", "7.1", "0.0", "±", "0.0"]
-    assert lines[2].split() == ["poster", "2", "55.5", "±", "48.8", "1.0"]
 
 
 def test_records_of_arms_are_found_and_others_left_out():

@@ -245,7 +245,8 @@ def study_records(
     records:list[dict], # Records of `run_study`
 )->dict[str, dict[int, dict]]: # Training -> seed -> record, of those that there are
     "Records by training and seed"
-    return records_by_seed(records, study_recipe, TRAININGS)
+    study = {training: [study_recipe(training, seed) for seed in SEEDS] for training in TRAININGS}
+    return records_by_seed(records, study)
 
 
 def seed_values(
