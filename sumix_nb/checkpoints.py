@@ -200,9 +200,10 @@ def on_signal(self:Checkpoint,
     frame, # Where the program was; not used
 )->None:
     "Note the signal; a process that was forked off, such as a loader's worker, dies of it as usual"
-    signal.signal(number, self.previous)
     if os.getpid() == self.pid: self.asked = True
-    else: signal.raise_signal(number)
+    else:
+        signal.signal(number, self.previous)
+        signal.raise_signal(number)
 
 
 @patch

@@ -16,6 +16,7 @@ from pathlib import Path
 from fastai.torch_core import rank_distrib
 from fastcore.docments import docments
 from fastcore.script import bool_arg
+from torch import OutOfMemoryError
 
 from .checkpoints import Preempted
 from .distributed import leave_group
@@ -82,7 +83,7 @@ def sumix_train(
         leave_group()
         print(f"sumix_train: {one_line(stop)}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError, OutOfMemoryError) as error:
         sys.exit(f"sumix_train: {one_line(error)}")
     leave_group()
     if rank_distrib() == 0: print(f"{comparison_table([record])}\n{Path(options['out'], recipe.name)}.json")

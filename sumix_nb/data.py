@@ -163,7 +163,7 @@ def download(
                 shutil.copyfileobj(response, file)
         except (URLError, TimeoutError) as error:
             raise ConnectionError(f"cannot download {source.url}: {error}; unpack the set by hand and name its folder "
-                                  "by `path=`, or the folder that holds it by SUMIX_DATA") from error
+                                  "by `path=` (`--data-dir`), or the folder that holds it by SUMIX_DATA") from error
         with archive.open("rb") as file: md5 = hashlib.md5(file.read(2**20), usedforsecurity=False).hexdigest()
         if (archive.stat().st_size, md5) != (source.n_bytes, source.md5):
             raise ValueError(f"{source.url} is not the expected archive: {archive.stat().st_size} bytes, MD5 {md5}, "
@@ -183,9 +183,10 @@ def find_root(
 )->Path: # The folder of the set
     "`path`, else `$SUMIX_DATA/<name>`, else a download; `FileNotFoundError` for what does not exist"
     shared, wanted = os.environ.get("SUMIX_DATA"), "train/<class>/*.png and test/<class>/*.png"
+    offer = f"; with neither, it is downloaded from {source.url}"
     if source.read is not None: wanted, offer = "what its archive unpacks to", f"; the set is at {SETS[source.name][1]}"
-    else: offer = ", or unset SUMIX_DATA to download the set" if shared else ""
-    ways = f"Name its folder by `path=`, or set SUMIX_DATA to the folder that holds {source.name}/{offer}"
+    ways = (f"Name its folder by `path=` (`--data-dir` in a shell), or set SUMIX_DATA to the folder that holds "
+            f"{source.name}/{offer}")
     if path is None and not shared:
         if source.url is not None: return download(source)
         raise FileNotFoundError(f"no folder for {source.name}, which should hold {wanted}. {ways}")
@@ -215,11 +216,12 @@ def decode_images(
     resize:bool=True, # Resize images of another size? False raises
 )->torch.Tensor: # (N, 3, size, size) uint8
     "All images as one tensor, decoded by a few threads; errors as in `read_image`"
-    pixels = np.empty((len(items), size, size, 3), dtype=np.uint8)
+    pixels = np.empty((len(items), 3, size, size), dtype=np.uint8)
     def fill(start):
-        for i in range(start, min(start + 256, len(items))): pixels[i] = read_image(items[i], size, resize)
+        for i in range(start, min(start + 256, len(items))):
+            pixels[i] = np.asarray(read_image(items[i], size, resize)).transpose(2, 0, 1)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: list(pool.map(fill, range(0, len(items), 256)))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(pixels)
 
 # %% ../nbs/10_data.ipynb #b94f0c4b
 def rank_in_class(
@@ -437,14 +439,32 @@ def _check_valid(valid):
     if isinstance(valid, str) or not 0 < valid < 1:
         raise ValueError(f'`valid` must be "test" or a fraction between 0 and 1, got {valid!r}')
 
+# %% ../nbs/10_data.ipynb #d2fc1ccc
+def _check_device(device):
+    "The device; it must be one that can hold a tensor"
+    try: return torch.empty(1, device=default_device() if device is None else device).device
+    except (RuntimeError, AssertionError) as error: # PyTorch raises the latter if it was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` must be one that PyTorch finds here, got {str(device)!r}: {reason}") from error
+
+
+def _check_memory(n, size, device):
+    "Refuse `n` decoded images for which this machine, or the device that they move to, has no room"
+    rooms = {"": psutil.virtual_memory().available}
+    if device.type != "cpu":
+        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+        if ask is not None: rooms[f" on {device}"], _ = ask(device)
+    for where, free in rooms.items():
+        if n * 3 * size**2 > free:
+            raise MemoryError(f"{n} decoded images of {size} x {size} pixels need {n * 3 * size**2 / 2**30:.1f} GiB, "
+                              f"but {free / 2**30:.1f} GiB are free{where}: lower `limit` or `size`, or choose another "
+                              "`view`")
+
 # %% ../nbs/10_data.ipynb #d6a93d96
-def _decoded(source, parts, vocab, size, generator):
+def _decoded(source, parts, vocab, size, generator, device):
     "A loader class, two sets and what is done to training batches, for images that are kept decoded"
     resize, size = size is not None or source.url is None, size or source.size
-    n, free = sum(len(items) for items, _ in parts), psutil.virtual_memory().available
-    if n * 3 * size**2 > free:
-        raise MemoryError(f"{n} decoded images of {size} x {size} pixels need {n * 3 * size**2 / 2**30:.1f} GiB, but "
-                          f"{free / 2**30:.1f} GiB are free: lower `limit` or `size`, or choose another `view`")
+    _check_memory(sum(len(items) for items, _ in parts), size, device)
     sets = [ImageSet(decode_images(items, size, resize), target, vocab, split_idx)
             for split_idx, (items, target) in enumerate(parts)]
     return TensorDL, sets, [RandomCropFlip(source.pad * size // source.size, source.flip, generator)]
@@ -495,6 +515,7 @@ def get_dls(
         if value is not None or argument in ("bs", "seed"): _check_int(argument, value, least)
     _check_valid(valid)
     _check_options(view, stats, workers)
+    device = _check_device(device)
     data, vocab = _read(source, path, size, ("train", "test") if valid == "test" else ("train",))
 
     generator = torch.Generator().manual_seed(int(seed))
@@ -503,15 +524,16 @@ def get_dls(
         held = hold_out(data["train"][1], valid, generator)
         parts = [_take(*data["train"], mask) for mask in (~held, held)]
     if limit is not None: parts = [_take(*part, balanced_subset(part[1], limit, generator)) for part in parts]
-    if bs > len(parts[0][0]): raise ValueError(f"`bs` is {bs}, but there are only {len(parts[0][0])} training images")
+    if drop_last and bs > len(parts[0][0]):
+        raise ValueError(f"`bs` is {bs}, but there are only {len(parts[0][0])} training images")
 
     mean, std = (source.mean, source.std) if stats is None else STATS[stats]
     shared = [IntToFloatTensor(), Normalize.from_stats(mean, std, cuda=False)]
     view = view or source.view
-    if view == "crop": loader, sets, augment = _decoded(source, parts, vocab, size, generator)
+    if view == "crop": loader, sets, augment = _decoded(source, parts, vocab, size, generator, device)
     else: loader, sets, augment = _viewed(source, parts, vocab, size, generator, VIEWS[view])
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     train = loader(sets[0], bs, shuffle=True, drop_last=drop_last, seed=seed, generator=generator, num_workers=workers,
                    after_batch=[*augment, *shared])
     valid = loader(sets[1], 2 * bs, seed=seed, num_workers=workers, after_batch=shared)
-    return ImageDataLoaders(train, valid, device=default_device() if device is None else torch.device(device))
+    return ImageDataLoaders(train, valid, device=device)

@@ -36,11 +36,13 @@ class Autocast(Callback):
         self.handles = [model.register_forward_pre_hook(self.enter),
                         model.register_forward_hook(self.leave, always_call=True)]
 
+    @torch.compiler.disable
     def enter(self, model, inputs):
         "Switch autocast on"
         self.contexts.append(torch.autocast(next(model.parameters()).device.type, self.dtype))
         self.contexts[-1].__enter__()
 
+    @torch.compiler.disable
     def leave(self, model, inputs, logits):
         "Switch it off again"
         self.contexts.pop().__exit__(None, None, None)

@@ -168,4 +168,6 @@ def read_cifar100_c(
                          f"{images.dtype} {images.shape} and {labels.shape}")
     target = torch.from_numpy(labels.astype(np.int64)).view(5, n)
     if not (target == target[0]).all(): raise ValueError(f"labels.npy of {root} must repeat for every severity")
+    if n and not 0 <= target.min() <= target.max() < 100:
+        raise ValueError(f"labels.npy of {root} must be in 0 .. 99, got {target.min()} .. {target.max()}")
     return images.reshape(5, n, 32, 32, 3), target[0]

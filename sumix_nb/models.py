@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'RESNETS', 'TRANSFORMERS', 'STAGES', 'find_classifier', 'unwrap', 'named_linears', 'FeatureTap',
            'logits_and_features', 'resnet', 'resnet18', 'resnext50', 'wide_norm', 'WideBlock', 'WideResNet',
-           'from_timm', 'deit_small', 'swin_tiny', 'get_model', 'load_imagenet', 'as_maps']
+           'from_timm', 'deit_small', 'swin_tiny', 'get_model', 'begin_small', 'load_imagenet', 'as_maps']
 
 # %% ../nbs/20_models.ipynb #4b1e87e4
 from importlib.util import find_spec
@@ -246,11 +246,21 @@ def get_model(
     return model
 
 
+def begin_small(
+    module:nn.Module, # A classifier or a head, changed in place
+)->None:
+    "Weights of N(0, 0.01^2) and biases of 0 for all its linear layers"
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+
 def load_imagenet(
     name:str, # Name of the network
-    model:nn.Module, # The network, changed in place: all but its classifier
+    model:nn.Module, # The network, changed in place
 )->None:
-    "ImageNet's weights from torchvision; `ValueError` if there are none for this network"
+    "ImageNet's weights from torchvision, and a small classifier; `ValueError` if there are none for this network"
     if name not in RESNETS: raise ValueError(f"`pretrained` weights exist for {sorted(RESNETS)}, got {name!r}")
     weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
     own = model.state_dict()
@@ -259,6 +269,7 @@ def load_imagenet(
         raise ValueError(f'`pretrained` needs the published width and stem="standard": {wrong[0]} has the shape '
                          f"{tuple(own[wrong[0]].shape)}, the weights {tuple(weights[wrong[0]].shape)}")
     model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")}, strict=False)
+    begin_small(model.fc)
 
 # %% ../nbs/20_models.ipynb #3e4da636
 STAGES = {"resnet18": "layer3", "resnext50": "layer3", "wrn28_8": "block2", "deit_small": "blocks.5",

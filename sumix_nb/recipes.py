@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SGD', 'CIFAR', 'VIT', 'FINE', 'TINY', 'SETUPS', 'ORDER', 'FIGURES', 'FOLDERS', 'SHORT', 'TABLE5', 'SHIPPED', 'NOTES',
-           'PUBLISHED', 'Published', 'changed', 'settings_of', 'source_of', 'table_of', 'find_recipe',
-           'published_table']
+           'PUBLISHED', 'FREE', 'Published', 'changed', 'settings_of', 'source_of', 'table_of', 'find_recipe',
+           'runs_of', 'published_table', 'settings_table']
 
 # %% ../nbs/experiments/20_recipes.ipynb #eeec33bd
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from .schedules import reported
-from .training import MIXERS, Recipe
+from .training import MIXERS, Recipe, mean_and_spread
 
 # %% ../nbs/experiments/20_recipes.ipynb #f46f2deb
 SGD = {"schedule": "cosine_epoch", "drop_last": False, "bs": 100, "weight_decay": 1e-4}
@@ -218,17 +218,46 @@ def find_recipe(
     near = difflib.get_close_matches(str(name).lower(), PUBLISHED, n=3, cutoff=0.5) or list(PUBLISHED)[:3]
     raise ValueError(f"`recipe` must be one of {len(PUBLISHED)} names such as {', '.join(near)}; got {name!r}")
 
-# %% ../nbs/experiments/20_recipes.ipynb #7f06c7dd
+# %% ../nbs/experiments/20_recipes.ipynb #82885b4d
+FREE = ("seed", "precision", "channels_last", "compile") # Fields in which runs of one row may differ
+
+
+def runs_of(
+    row:Published, # A row
+    records:list[dict], # Records of runs
+)->list[dict]: # Those of the row
+    "The records of a row's whole recipe"
+    if row.mixer not in MIXERS: return []
+    def fixed(fields): return {name: value for name, value in fields.items() if name not in FREE}
+    return [record for record in records if fixed(record["recipe"]) == fixed(asdict(row.recipe()))]
+
+
 def published_table(
     records:list[dict], # Records of runs
     rows:list[Published]|None=None, # Rows to show; all by default
 )->str: # Markdown
-    "Every row with the poster's figure, and ours where there is one"
-    by_name, lines = {record["name"]: record for record in records}, []
+    "Every row with the poster's figure, and ours where there is one: mean and standard deviation over the runs"
+    lines = []
     for row in PUBLISHED.values() if rows is None else rows:
-        names = [row.recipe(seed).name for seed in (0, 1, 2)] if row.mixer in MIXERS else []
-        runs = [[100 * epoch["accuracy"] for epoch in by_name[name]["epochs"]] for name in names if name in by_name]
-        found = [f"{reported(run, *row.rule)['reported']:.2f}" for run in runs]
-        ours = ", ".join(found) if found else "not yet run" if names else "cannot be run"
-        lines.append(f"| {row.name} | {row.table} | {row.status} | {row.figure:.2f} | {ours} |")
-    return "\n".join(["| recipe | table | source | poster (%) | ours (%) |", "|---|---|---|---|---|", *lines])
+        runs = runs_of(row, records)
+        found = [reported([100 * epoch["accuracy"] for epoch in run["epochs"]], *row.rule) for run in runs]
+        ours = ["not yet run" if row.mixer in MIXERS else "cannot be run", "", ""]
+        if runs: ours = [mean_and_spread([value[name] for value in found]) for name in ("reported", "last", "best")]
+        how = sorted({run["recipe"]["precision"] for run in runs})
+        cells = row.name, row.table, row.status, f"{row.figure:.2f}", *ours, " ".join([str(len(runs)), *how])
+        lines.append(f"| {' | '.join(cells)} |")
+    head = "recipe | table | source | poster (%) | ours (%) | last | best | runs"
+    return "\n".join([f"| {head} |", "|---" * 8 + "|", *lines])
+
+# %% ../nbs/experiments/20_recipes.ipynb #5532c60a
+def settings_table(
+    rows:list[Published]|None=None, # Rows to show; all by default
+)->str: # Markdown
+    "Every row with its numbers and sources"
+    names, lines = ("epochs", "bs", "lr", "weight_decay", "alpha", "xi"), []
+    for row in PUBLISHED.values() if rows is None else rows:
+        numbers = [f"{row.settings[name]:g}" if name in row.settings else "" for name in names]
+        cells = row.name, *numbers, row.config and f"`{row.config}`", ", ".join(row.assumed), row.note
+        lines.append(f"| {' | '.join(cells)} |")
+    head = "recipe | epochs | batch | learning rate | weight decay | alpha | xi | file | assumed | note"
+    return "\n".join([f"| {head} |", "|---" * 10 + "|", *lines])

@@ -47,7 +47,7 @@ from .hardware import DTYPES, Autocast, LossScaler, WeightAverage
 from .large_images import VIEWS
 from .mixers import CutMix, FMix, GridMix, MixUp, ResizeMix, SaliencyMix, SmoothMix
 from .mixers.core import check_number, check_whole
-from .models import MODELS, get_model
+from .models import MODELS, begin_small, get_model
 from .ratio import VARIANTS
 from .schedules import SpareFromDecay, cosine
 from .state import writing_whole
@@ -289,9 +289,11 @@ def make_learner(
     adamw = partial(Adam, mom=recipe.momentum, sqr_mom=0.999, eps=1e-8)
     callbacks = [*make_callbacks(recipe), *make_mix(recipe, len(dls.train))]
     with no_random(recipe.seed):
-        return Learner(dls, make_model(recipe, dls.c), metrics=accuracy, cbs=callbacks, wd=recipe.weight_decay,
-                       wd_bn_bias=True, loss_func=CrossEntropyLossFlat(label_smoothing=recipe.smoothing),
-                       opt_func=sgd if recipe.optimizer == "sgd" else adamw, moms=(recipe.momentum,) * 3)
+        learn = Learner(dls, make_model(recipe, dls.c), metrics=accuracy, cbs=callbacks, wd=recipe.weight_decay,
+                        wd_bn_bias=True, loss_func=CrossEntropyLossFlat(label_smoothing=recipe.smoothing),
+                        opt_func=sgd if recipe.optimizer == "sgd" else adamw, moms=(recipe.momentum,) * 3)
+        if recipe.pretrained and recipe.method == "sumix": begin_small(learn.sumix.uncertainty_head)
+    return learn
 
 # %% ../nbs/experiments/10_training.ipynb #5fbdf691
 def train(

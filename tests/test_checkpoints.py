@@ -340,7 +340,7 @@ def test_the_handler_is_restored_however_the_fit_ends(end, expected, tmp_path):
     finally: signal.signal(signal.SIGTERM, before)
 
 
-def test_a_second_signal_does_what_it_did_before(tmp_path):
+def test_further_signals_change_nothing_until_the_fit_has_ended(tmp_path):
     def twice(learn):
         for _ in range(2): signal.raise_signal(signal.SIGTERM)
     calls = []
@@ -349,6 +349,8 @@ def test_a_second_signal_does_what_it_did_before(tmp_path):
         learn = dropping_learner(own_loaders(DataLoader))
         with pytest.raises(Preempted), learn.no_bar(), learn.no_logging():
             learn.fit(1, cbs=[Does(before_batch=twice), Checkpoint(tmp_path, "run")])
+        assert calls == []
+        signal.raise_signal(signal.SIGTERM)
         assert calls == [signal.SIGTERM]
     finally: signal.signal(signal.SIGTERM, before)
 

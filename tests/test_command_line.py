@@ -1,16 +1,23 @@
 "`sumix_train` from the shell and from Python"
+import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
 
 from sumix_nb import command_line
+from sumix_nb.ablations import run_ablations
 from sumix_nb.checkpoints import Preempted
 from sumix_nb.command_line import option_parser, read_recipe, read_valid, sumix_train
+from sumix_nb.grid import sumix_grid
 from sumix_nb.recipes import find_recipe
 from sumix_nb.training import Recipe, load_records
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("command", [[str(Path(sys.executable).with_name("sumix_train"))],
@@ -36,12 +43,13 @@ def test_a_published_recipe_runs_cut_short(tmp_path):
     ("--mixer cutmx", "`mixer` must be one of"),
     ("--method sumix", "`mixer` must not"),
     ("--data digit", "`data` must be one of .*'digits'"),
-    ("--data cifar100 --data-dir missing", "no folder missing"),
+    ("--data cifar100 --data-dir missing", "no folder missing.*`--data-dir` in a shell.*downloaded from https://"),
     ("--data tiny_imagenet --data-dir missing", "no folder missing.*tiny-imagenet-200.zip"),
     ("--valid 0.2.1", '`valid` must be "test" or a fraction'),
     ("--recipe cifar100-resnet18-cutmx", "such as cifar100-resnet18-cutmix"),
     ("--recipe cifar100-resnet18-automix", "cannot be run: this package has no `mixer` 'automix'"),
     ("--size 100000", "GiB are free"),
+    ("--device gpu", "`device` must be one that PyTorch finds here, got 'gpu'"),
     ("--model deit_small --width 100", "`width` must be a multiple of 64"),
     ("--mixer resizemix --mixer-options {\"mode\":\"cubic\"}", "`mode` must be one of"),
     ("--pretrained True --width 4", "published width")])
@@ -50,6 +58,31 @@ def test_what_cannot_be_run_ends_with_one_clear_line(options, message, tmp_path,
     with pytest.raises(SystemExit, match=message) as error: sumix_train([*options.split(), "--out", str(tmp_path)])
     assert str(error.value).startswith("sumix_train: ") and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_runs_out_of_memory_is_one_line(tmp_path, monkeypatch):
+    def fails(*args, **options): raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    monkeypatch.setattr("sumix_nb.command_line.train", fails)
+    with pytest.raises(SystemExit, match="sumix_train: CUDA out of memory. Tried to allocate 2 GiB"):
+        sumix_train(["--out", str(tmp_path)])
+
+
+OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
+          "--main_process_port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal",
+          "--requeue", "--slow"}  # of accelerate, SLURM and pytest
+
+
+def test_the_pages_name_only_options_that_exist():
+    known = {word for action in option_parser()._actions for word in action.option_strings}
+    known |= {f"--{name.replace('_', '-')}" for name in signature(sumix_grid).parameters}
+    known |= {f"--{name.replace('_', '-')}" for name in signature(run_ablations).parameters} | OTHERS
+    named = {}
+    for notebook in (ROOT / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(notebook.read_text())["cells"]:
+            if cell["cell_type"] != "markdown": continue
+            for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", "".join(cell["source"])): named[word] = notebook.name
+    assert {"--recipe", "--sync-bn", "--retry-failed", "--log"} <= named.keys()
+    assert {word: page for word, page in named.items() if word not in known} == {}
 
 
 class FakeWeights:

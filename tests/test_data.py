@@ -300,6 +300,7 @@ def test_decoding_keeps_the_order_of_many_images():
     (dict(bs=True), TypeError, "`bs` must be a whole number"),
     (dict(bs=1798), ValueError, "`bs` is 1798, but there are only 1442 training images"),
     (dict(bs=11, limit=10), ValueError, "only 10 training images"),
+    (dict(device="gpu"), ValueError, "`device` must be one that PyTorch finds here, got 'gpu': Expected one of cpu"),
     (dict(size=0), ValueError, "`size` must be at least 1"),
     (dict(size="32"), TypeError, "`size` must be a whole number"),
     (dict(seed=-1), ValueError, "`seed` must be at least 0"),

@@ -6,6 +6,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ import torch
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from PIL import Image
+from torch import nn
 
+from sumix_nb import distributed
 from sumix_nb.data import FileDL, ImageSet, RandomCropFlip, TensorDL
 from sumix_nb.distributed import distribute, local_device, share
 from sumix_nb.hardware import Autocast
 from sumix_nb.large_images import FileSet, View, train_view
+from sumix_nb.state import read_checkpoint
 from sumix_nb.training import Recipe, make_learner
 from tests import two_processes
 from tests.conftest import ROOT
@@ -229,6 +234,49 @@ def test_the_command_runs_under_accelerate_and_reports_once(tmp_path):
     assert len(re.findall(r"^CutMix \+ SUMix +[\d.]+%", printed, re.MULTILINE)) == printed.count(file.name) == 1
 
 
+def free_port():
+    "A port that nobody listens at"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.skipif(MISSING, reason=REASON)
+def test_two_launchers_join_as_two_machines(tmp_path):
+    port = free_port()
+    def machine(rank):
+        return python("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "2",
+                      "--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port,
+                      "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sumix_nb.command_line", *RUN,
+                      tmp_path)
+    with ThreadPoolExecutor(2) as pool: printed = list(pool.map(machine, (0, 1)))
+    [file] = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["processes"] == 2
+    assert [text.count(file.name) for text in printed] == [1, 0]
+
+
+@pytest.mark.skipif(MISSING, reason=REASON)
+def test_a_cluster_may_signal_the_launcher_and_its_processes_at_once(tmp_path):
+    import psutil
+    words = [sys.executable, *LAUNCH, "-m", "sumix_nb.command_line", *RUN, tmp_path, "--epochs", "3000",
+             "--checkpoints", tmp_path]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen([*map(str, words)], env=environment, text=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("*.ckpt")):
+        assert time.monotonic() < deadline and started.poll() is None
+        time.sleep(0.05)
+    launcher = psutil.Process(started.pid)
+    for process in (launcher, *launcher.children(recursive=True)): process.terminate()
+    said = started.communicate(timeout=120)[1]
+    assert said.count("sumix_train: stopped by SIGTERM in epoch") == 2 and not list(tmp_path.glob("*.json"))
+    assert started.returncode == 1
+    [file] = tmp_path.glob("*.ckpt")
+    saved = read_checkpoint(file)
+    assert len(saved["processes"]) == 2 and f"epoch {saved['epoch'] + 1} of 3000" in said
+
+
 NOTEBOOK = """
 import sys
 from accelerate import notebook_launcher
@@ -242,10 +290,7 @@ notebook_launcher(run, num_processes=2, use_port=sys.argv[2])
 
 @pytest.mark.skipif(MISSING, reason=REASON)
 def test_the_launcher_of_notebooks_runs_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    python("-c", NOTEBOOK, tmp_path, port)
+    python("-c", NOTEBOOK, tmp_path, free_port())
     [file] = tmp_path.glob("*")
     assert json.loads(file.read_text())["processes"] == 2
 
@@ -280,6 +325,22 @@ def test_one_process_trains_as_ever():
     callbacks = list(learn.cbs)
     with distribute(learn, sync_bn=True) as same: assert same is learn and list(learn.cbs) == callbacks
     assert local_device() is None and learn.gradient_accumulation.n_acc == 32
+
+
+def test_batchnorm_over_all_processes_takes_the_place_of_the_usual_one(monkeypatch):
+    monkeypatch.setattr(distributed, "DistributedDataParallel", nn.DataParallel)
+    monkeypatch.setattr(distributed.Distributed, "take_share", lambda self, even: None)
+    learn = make_learner(Recipe(width=4, limit=60, bs=20, mixer="cutmix", method="sumix"), device="cpu")
+    before, keys = [*learn.model.parameters()], [*learn.model.state_dict()]
+    together = distributed.Distributed(sync_bn=True)
+    together.learn = learn
+    together.before_train()
+    layers = [layer for layer in learn.model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    assert len(layers) == 20 and all(type(layer) is nn.SyncBatchNorm for layer in layers)
+    together.after_fit()
+    after = [*learn.model.parameters()]
+    assert [*map(id, after)] == [*map(id, before)] and [*learn.model.state_dict()] == keys
+    assert heads(learn.model.state_dict())
 
 
 def test_without_accelerate_the_way_out_is_named(monkeypatch):

@@ -78,14 +78,31 @@ def test_killed_at_ten_random_moments_every_run_has_one_record(undisturbed, tmp_
     assert everything(out) == undisturbed
 
 
-def test_two_grids_share_a_folder(undisturbed, tmp_path):
-    file, out = tmp_path / "grid.toml", tmp_path / "records"
-    file.write_text(FILE)
-    pair = [command(file, out), command(file, out)]
-    said = [started.communicate()[0] for started in pair]
-    assert [started.returncode for started in pair] == [0, 0], said
+class Noting(LocalEngine):
+    "Writes down what it starts"
+    def __init__(self, file):
+        super().__init__(threads=1)
+        self.file = file
+
+    def start(self, recipe, options):
+        with open(self.file, "a") as file: print(recipe.name, file=file)
+        return super().start(recipe, options)
+
+
+def run_twelve(file, out):
+    "In a child: the twelve runs as a grid"
+    Grid(TWELVE, out, Noting(file)).run(quiet=True)
+
+
+def test_two_grids_share_a_folder_and_no_run_is_begun_twice(undisturbed, tmp_path):
+    out, files = tmp_path / "records", [tmp_path / "one", tmp_path / "other"]
+    pair = [CONTEXT.Process(target=run_twelve, args=(file, out)) for file in files]
+    for child in pair: child.start()
+    for child in pair: child.join()
+    assert [child.exitcode for child in pair] == [0, 0]
     assert everything(out) == undisturbed
-    assert all("running 1" in text for text in said)
+    begun = [file.read_text().split() for file in files]
+    assert all(begun) and sorted(sum(begun, [])) == sorted(recipe.name for recipe in TWELVE)
 
 
 def test_a_run_is_taken_over_from_a_grid_that_dies(tmp_path):

@@ -111,6 +111,22 @@ def test_every_option_changes_the_result(field, value):
             != train(TINY, progress=False)["epochs"][0]["valid_loss"])
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("changes", [{"method": "mce"}, {"clean": "no_grad"}, {"clean": "concat"}])
+def test_a_compiled_network_is_one_graph_in_every_precision(precision, changes):
+    recipe, graphs, ends = replace(TINY, precision=precision, **changes), [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        learn = make_learner(recipe)
+        if compiled: learn.model.compile(backend=lambda graph, inputs: graphs.append(inputs) or graph.forward)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        ends.append(torch.cat([parameter.flatten() for parameter in learn.model.parameters()]))
+    torch._dynamo.reset()
+    assert torch.equal(*ends)
+    # one in training, one in validation, and one for clean images without gradients
+    assert len(graphs) == 2 + (changes.get("clean") == "no_grad")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_compiled_network_trains_alike():

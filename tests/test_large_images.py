@@ -221,6 +221,17 @@ def test_too_little_memory_is_noticed_before_decoding(monkeypatch):
     with pytest.raises(MemoryError, match="1797 decoded images of 32 x 32"): get_dls("digits")
 
 
+def test_too_little_memory_of_another_device_is_noticed_too(monkeypatch):
+    class Card:
+        def mem_get_info(self, device): return 10**6, 10**9
+    monkeypatch.setattr(data.torch, "get_device_module", lambda device: Card())
+    with pytest.raises(MemoryError, match="1797 decoded images of 32 x 32 .* GiB are free on cuda:1"):
+        data._check_memory(1797, 32, torch.device("cuda:1"))
+    data._check_memory(300, 32, torch.device("cuda:1"))
+    monkeypatch.setattr(data.torch, "get_device_module", lambda device: object())  # one that cannot tell
+    data._check_memory(1797, 32, torch.device("mps"))
+
+
 def test_a_learner_trains_exports_and_predicts(tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files): white_noise(i).save(file)

@@ -113,8 +113,31 @@ def test_an_image_that_is_missing_empty_or_damaged_is_named(name, tmp_path, few)
     again = read(root)[0]["test"][0]
     with pytest.raises(ValueError, match=f"cannot decode.*{files[-1].name}"): decode_images(again, 8)
     files[-1].unlink()
-    message = "no image in the test split|images are missing"
-    with pytest.raises((ValueError, FileNotFoundError), match=message): read(root)
+    # ImageNet knows its images by its folders only, and this was the one image of its class
+    error, message = (ValueError, "1 classes of imagenet have no image in the test split") if name == "imagenet" else (
+        FileNotFoundError, rf"1 of \d images are missing.*{files[-1].name}")
+    with pytest.raises(error, match=message): read(root)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_empty_class_is_named(name, split, tmp_path, few):
+    make, read = MAKERS[name]
+    root = make(tmp_path / "set")
+    tables = {"tiny_imagenet": ("val/val_annotations.txt", "n10"), "aircraft": (
+        f"data/images_variant_{'trainval' if split == 'train' else 'test'}.txt", "A330 Mk II")}
+    if name == "imagenet" or (name, split) == ("tiny_imagenet", "train"):
+        label, folder = "n10", root / ("train" if split == "train" else "val") / "n10"
+        for file in folder.rglob("*.JPEG"): file.unlink()
+    elif name == "cub200":
+        label, file = "002.Laysan_Albatross", root / "train_test_split.txt"
+        rows = dict(line.split() for line in file.read_text().splitlines())
+        write(file, [f"{i} {int(split == 'test') if i in ('3', '4') else flag}" for i, flag in rows.items()])
+    else:
+        table, label = tables[name]
+        write(root / table, [line for line in (root / table).read_text().splitlines() if label not in line])
+    with pytest.raises(ValueError, match=f"1 classes of {name} have no image in the {split} split, e.g. {label}"):
+        read(root)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -147,6 +170,11 @@ def test_birds_with_a_one_are_for_training(tmp_path, few):
     assert {file.stem[-1] for file in splits["test"][0]} == {"0"}
 
 
+def test_missing_test_images_of_imagenet_are_named(tmp_path, few):
+    (make_imagenet(tmp_path) / "val").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no folder .*val"): read_imagenet(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tiny_imagenet", "imagenet"])
 def test_a_missing_training_folder_is_named(name, tmp_path, few):
     with pytest.raises(FileNotFoundError, match="no folder .*train"): MAKERS[name][1](tmp_path)
@@ -170,5 +198,9 @@ def test_corrupted_images_come_by_severity_without_being_loaded(corruption, tmp_
     np.save(tmp_path / f"{corruption}.npy", images), np.save(tmp_path / "labels.npy", np.tile([7, 99, 0], 5))
     found, target = read_cifar100_c(tmp_path, corruption)
     assert target.tolist() == [7, 99, 0] and np.array_equal(found[2, 1], images[7]) and not found.flags.writeable
+    for wrong in (-1, 100):
+        np.save(tmp_path / "labels.npy", np.tile([7, wrong, 0], 5))
+        with pytest.raises(ValueError, match=r"labels.npy of .* must be in 0 \.\. 99"):
+            read_cifar100_c(tmp_path, corruption)
     np.save(tmp_path / f"{corruption}.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="damaged"): read_cifar100_c(tmp_path, corruption)  # no pickle is opened

@@ -22,6 +22,7 @@ from sumix_nb.models import (
     named_linears,
     resnet18,
 )
+from sumix_nb.training import Recipe, make_learner
 from sumix_nb.uncertainty import UncertaintyHead
 
 
@@ -270,8 +271,13 @@ def test_imagenet_weights_fill_all_but_the_classifier(name, monkeypatch):
     model = get_model(name, 5, stem="standard", pretrained=True)
     assert asked == [{"progress": False, "check_hash": True, "weights_only": True}]
     for key, value in model.state_dict().items():
-        if key.startswith("fc."): assert value.shape[0] == 5
+        if key.startswith("fc."):
+            assert value.shape[0] == 5 and (not value.any() if key == "fc.bias" else 0.008 < value.std() < 0.012)
         else: assert torch.equal(value, published.state_dict()[key])
+    recipe = Recipe(model=name, width=64, stem="standard", pretrained=True, mixer="cutmix", method="sumix", limit=20,
+                    bs=10)
+    head = make_learner(recipe, device="cpu").sumix.uncertainty_head.layers[0]
+    assert 0.008 < head.weight.std() < 0.012 and not head.bias.any()
     with pytest.raises(ValueError, match="`pretrained` needs the published width"): get_model(name, 5, pretrained=True)
     with pytest.raises(ValueError, match="`pretrained` needs"):
         get_model(name, 5, width=16, stem="standard", pretrained=True)

@@ -85,6 +85,17 @@ def test_two_steps_at_a_reduced_size_are_finite_and_change_the_weights(name):
     assert any("uncertainty" in key for key in trained - still) == name.endswith("-sumix")
 
 
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_recipe_cut_to_fewer_images_than_its_batch_is_trained(setup):
+    row = PUBLISHED[f"{setup}-cutmix-sumix"]
+    width, size = SIZES[row.settings["model"]]
+    recipe = row.recipe(data="digits", width=width, size=size, epochs=1, limit=20, pretrained=False)
+    learn = make_learner(recipe, device="cpu", workers=0)
+    record = train(recipe, progress=False, learn=learn)
+    assert torch.tensor(record["epochs"][0]["train_loss"]).isfinite()
+    assert [len(lam) for lam in learn.sumix.shares(1)] == [min(20, recipe.bs)] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 def test_one_step_of_the_full_network(setup):
@@ -118,4 +129,4 @@ def test_a_shortened_warmup_keeps_its_share():
 def test_what_cannot_be_run_says_so():
     for mixer in ORDER[4:]:
         with pytest.raises(ValueError, match=f"no `mixer` '{mixer}'"): PUBLISHED[f"cifar100-resnet18-{mixer}"].recipe()
-    assert published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).endswith("| 82.04 | cannot be run |")
+    assert published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).endswith("| 82.04 | cannot be run |  |  | 0 |")
