@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_STATS', 'SOURCES', 'STATS', 'reflect_index', 'crop_flip', 'sample_crop_flip', 'RandomCropFlip', 'DataSource',
-           'list_images', 'download', 'find_root', 'read_image', 'decode_images', 'rank_in_class', 'read_digits',
-           'read_scenes', 'read_folders', 'ImageSet', 'SeededDL', 'TensorDL', 'ImageDataLoaders', 'FileDL', 'hold_out',
-           'balanced_subset', 'get_dls']
+           'list_images', 'unpack', 'download', 'find_root', 'read_image', 'decode_images', 'rank_in_class',
+           'read_digits', 'read_scenes', 'read_folders', 'ImageSet', 'SeededDL', 'TensorDL', 'ImageDataLoaders',
+           'FileDL', 'hold_out', 'balanced_subset', 'get_dls']
 
 # %% ../nbs/10_data.ipynb #a70e94e4
 import difflib
@@ -146,6 +146,20 @@ def list_images(
     if not classes: raise ValueError(f"no class folder in {split}: {layout}")
     return dict(sorted(classes.items()))
 
+# %% ../nbs/10_data.ipynb #87c692ef
+def unpack(
+    archive:Path, # A tar archive, compressed or not
+    folder:Path, # Where to put what it holds
+)->None:
+    "Extract an archive; `tarfile.FilterError` or `ValueError` if it would write anywhere else"
+    with tarfile.open(archive) as tar:
+        if hasattr(tarfile, "data_filter"): return tar.extractall(folder, filter="data")
+        for member in tar.getmembers():
+            inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+            if not inside or not (member.isfile() or member.isdir()):
+                raise ValueError(f"{archive.name} must hold files and folders of its own only, got {member.name!r}")
+        tar.extractall(folder)
+
 # %% ../nbs/10_data.ipynb #f97fa64c
 def download(
     source:DataSource, # A set with `url`
@@ -168,7 +182,7 @@ def download(
         if (archive.stat().st_size, md5) != (source.n_bytes, source.md5):
             raise ValueError(f"{source.url} is not the expected archive: {archive.stat().st_size} bytes, MD5 {md5}, "
                              f"instead of {source.n_bytes} bytes, {source.md5}")
-        with tarfile.open(archive) as tar: tar.extractall(unpacked, filter="data")
+        unpack(archive, unpacked)
         roots = [root for root in (unpacked, *unpacked.iterdir()) if (root / "train").is_dir()]
         if not roots: raise ValueError(f"no train/ in the archive {source.url}")
         try: roots[0].rename(target)

@@ -253,11 +253,12 @@ def published_table(
 def settings_table(
     rows:list[Published]|None=None, # Rows to show; all by default
 )->str: # Markdown
-    "Every row with its numbers and sources"
-    names, lines = ("epochs", "bs", "lr", "weight_decay", "alpha", "xi"), []
+    "Numbers and sources of all rows, those that agree in them together"
+    names, groups = ("epochs", "bs", "lr", "weight_decay", "alpha", "xi"), {}
     for row in PUBLISHED.values() if rows is None else rows:
-        numbers = [f"{row.settings[name]:g}" if name in row.settings else "" for name in names]
-        cells = row.name, *numbers, row.config and f"`{row.config}`", ", ".join(row.assumed), row.note
-        lines.append(f"| {' | '.join(cells)} |")
-    head = "recipe | epochs | batch | learning rate | weight decay | alpha | xi | file | assumed | note"
-    return "\n".join([f"| {head} |", "|---" * 10 + "|", *lines])
+        kind = row.name.replace(f"-{row.mixer}", "", 1).replace("-sumix", " with SUMix")
+        numbers = ", ".join(f"{name} {row.settings[name]:g}" for name in names if name in row.settings)
+        source = ": ".join(filter(None, [row.config and f"`{row.config}`", row.note]))
+        groups.setdefault((kind, numbers, ", ".join(row.assumed), source), []).append(row.mixer)
+    lines = [f"| {kind}: {', '.join(mixers)} | {' | '.join(cells)} |" for (kind, *cells), mixers in groups.items()]
+    return "\n".join(["| training | numbers | assumed | file, and note |", "|---|---|---|---|", *lines])
