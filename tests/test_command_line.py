@@ -69,7 +69,7 @@ def test_a_device_that_runs_out_of_memory_is_one_line(tmp_path, monkeypatch):
 
 OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
           "--main_process_port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal",
-          "--requeue", "--slow"}  # of accelerate, SLURM and pytest
+          "--requeue", "--slow", "--logdir"}  # of accelerate, SLURM, pytest and TensorBoard
 
 
 def test_the_pages_name_only_options_that_exist():
