@@ -79,7 +79,7 @@ def test_killed_at_ten_random_moments_every_run_has_one_record(undisturbed, tmp_
 
 
 class Noting(LocalEngine):
-    "Writes down what it starts"
+    "Writes down what it starts, one run at a time"
     def __init__(self, file):
         super().__init__(threads=1)
         self.file = file
@@ -87,6 +87,10 @@ class Noting(LocalEngine):
     def start(self, recipe, options):
         with open(self.file, "a") as file: print(recipe.name, file=file)
         return super().start(recipe, options)
+
+    def wait(self, runs, timeout):
+        assert len(runs) == self.slots == 1
+        return super().wait(runs, timeout)
 
 
 def run_twelve(file, out):
@@ -223,6 +227,17 @@ def test_a_mended_run_forgets_its_failure(tmp_path):
     assert Grid([recipe], tmp_path).run(quiet=True) == [] and failed.exists()
     record, = Grid([recipe], tmp_path, LocalEngine(threads=1), retry=True).run(quiet=True)
     assert record["name"] == recipe.name and not failed.exists()
+
+
+def test_what_another_grid_has_mended_is_not_run_again(tmp_path):
+    recipe, = recipe_grid(epochs=1, **TINY)
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / f"{recipe.name}.json").write_text(json.dumps({"name": recipe.name, "error": "x"}))
+    runs = Grid([recipe], tmp_path, LocalEngine(threads=1), retry=True)
+    assert runs.named("waiting") == [recipe.name]
+    train(recipe, progress=False, folder=tmp_path)  # by the other
+    runs.begin(recipe.name)
+    assert not runs.running and runs.named("done") == [recipe.name]
 
 
 def test_damaged_records_are_named_and_skipped(tmp_path):
