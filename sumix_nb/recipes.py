@@ -229,7 +229,8 @@ def runs_of(
     "The records of a row's whole recipe"
     if row.mixer not in MIXERS: return []
     def fixed(fields): return {name: value for name, value in fields.items() if name not in FREE}
-    return [record for record in records if fixed(record["recipe"]) == fixed(asdict(row.recipe()))]
+    wanted = fixed(asdict(row.recipe()))
+    return [record for record in records if fixed(record["recipe"]) == wanted]
 
 
 def published_table(
