@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_STATS', 'SOURCES', 'STATS', 'reflect_index', 'crop_flip', 'sample_crop_flip', 'RandomCropFlip', 'DataSource',
-           'list_images', 'unpack', 'download', 'find_root', 'read_image', 'decode_images', 'rank_in_class',
-           'read_digits', 'read_scenes', 'read_folders', 'ImageSet', 'SeededDL', 'TensorDL', 'ImageDataLoaders',
-           'FileDL', 'hold_out', 'balanced_subset', 'get_dls']
+           'list_images', 'unpack', 'download', 'find_root', 'read_image', 'usable_cores', 'decode_images',
+           'rank_in_class', 'read_digits', 'read_scenes', 'read_folders', 'ImageSet', 'SeededDL', 'TensorDL',
+           'ImageDataLoaders', 'FileDL', 'hold_out', 'balanced_subset', 'check_valid', 'check_device', 'get_dls']
 
 # %% ../nbs/10_data.ipynb #a70e94e4
 import difflib
@@ -224,6 +224,11 @@ def read_image(
     return image
 
 # %% ../nbs/10_data.ipynb #d228d53f
+def usable_cores()->int:
+    "Cores that this process may use, which may be fewer than the machine has"
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def decode_images(
     items:list, # N image files or Pillow images
     size:int, # Height and width wanted, pixels
@@ -234,7 +239,7 @@ def decode_images(
     def fill(start):
         for i in range(start, min(start + 256, len(items))):
             pixels[i] = np.asarray(read_image(items[i], size, resize)).transpose(2, 0, 1)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: list(pool.map(fill, range(0, len(items), 256)))
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool: list(pool.map(fill, range(0, len(items), 256)))
     return torch.from_numpy(pixels)
 
 # %% ../nbs/10_data.ipynb #b94f0c4b
@@ -446,7 +451,10 @@ def _check_int(name, value, least):
     if value < least: raise ValueError(f"`{name}` must be at least {least}, got {value}")
 
 # %% ../nbs/10_data.ipynb #7dc14907
-def _check_valid(valid):
+def check_valid(
+    valid, # Anything
+)->None:
+    '`TypeError` or `ValueError` unless it is "test" or a fraction between 0 and 1'
     if valid == "test": return
     if isinstance(valid, bool) or not isinstance(valid, (int, float, str)):
         raise TypeError(f'`valid` must be "test" or a fraction, got {valid!r}')
@@ -454,8 +462,10 @@ def _check_valid(valid):
         raise ValueError(f'`valid` must be "test" or a fraction between 0 and 1, got {valid!r}')
 
 # %% ../nbs/10_data.ipynb #d2fc1ccc
-def _check_device(device):
-    "The device; it must be one that can hold a tensor"
+def check_device(
+    device:str|torch.device|None, # fastai's default for None
+)->torch.device:
+    "The device; `ValueError` unless it is one that can hold a tensor"
     try: return torch.empty(1, device=default_device() if device is None else device).device
     except (RuntimeError, AssertionError) as error: # PyTorch raises the latter if it was built without CUDA
         reason = str(error).splitlines()[0]
@@ -527,9 +537,9 @@ def get_dls(
     source = _find_source(name)
     for argument, value, least in (("bs", bs, 1), ("seed", seed, 0), ("size", size, 1), ("limit", limit, 1)):
         if value is not None or argument in ("bs", "seed"): _check_int(argument, value, least)
-    _check_valid(valid)
+    check_valid(valid)
     _check_options(view, stats, workers)
-    device = _check_device(device)
+    device = check_device(device)
     data, vocab = _read(source, path, size, ("train", "test") if valid == "test" else ("train",))
 
     generator = torch.Generator().manual_seed(int(seed))
@@ -546,7 +556,7 @@ def get_dls(
     view = view or source.view
     if view == "crop": loader, sets, augment = _decoded(source, parts, vocab, size, generator, device)
     else: loader, sets, augment = _viewed(source, parts, vocab, size, generator, VIEWS[view])
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    workers = min(8, usable_cores()) if workers is None else workers
     train = loader(sets[0], bs, shuffle=True, drop_last=drop_last, seed=seed, generator=generator, num_workers=workers,
                    after_batch=[*augment, *shared])
     valid = loader(sets[1], 2 * bs, seed=seed, num_workers=workers, after_batch=shared)

@@ -11,7 +11,7 @@ __all__ = ['FASTCORE_LIST', 'FLOATS', 'SCALARS', 'KEPT', 'plain', 'plain_list', 
 import glob
 import os
 import random
-import tempfile
+import secrets
 import zipfile
 from collections import deque
 from contextlib import contextmanager
@@ -191,17 +191,18 @@ def writing_whole(
     file:Path, # Where to, in a folder that exists
     mode:str="wb", # "wb" or "w"
 ): # An open file
-    "Write to another name, and rename it in the end: whatever happens inside, `file` is whole"
-    options = {"dir": file.parent, "prefix": f"{file.name}.", "suffix": ".tmp", "delete": False}
-    with tempfile.NamedTemporaryFile(mode, **options) as temporary:
-        try:
-            yield temporary
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, file)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    "Write to another name, and rename it in the end: whatever happens inside, `file` is whole; an `OSError` names it"
+    scrap = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(scrap, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(scrap, file)
+    except BaseException as error:
+        scrap.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None: error.filename = str(file)  # such as a full disk
+        raise
 
 
 def write_checkpoint(

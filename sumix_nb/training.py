@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MIXERS', 'METHODS', 'OPTIMIZERS', 'CURVES', 'CHOICES', 'RANGES', 'BEFORE', 'SEEDS', 'younger', 'Recipe', 'EpochLog',
            'ratio_curve', 'MixWithClean', 'make_model', 'make_mix', 'make_callbacks', 'make_learner', 'train', 'fit',
-           'peak_memory', 'make_record', 'git_commit', 'write_record', 'read_record', 'load_records', 'unrecorded',
-           'records_by_seed', 'label_of', 'comparison_table', 'mean_and_spread', 'summary_table', 'plot_curves']
+           'peak_memory', 'processor_name', 'make_record', 'git_commit', 'make_folder', 'write_record', 'read_record',
+           'load_records', 'unrecorded', 'records_by_seed', 'label_of', 'comparison_table', 'mean_and_spread',
+           'summary_table', 'plot_curves']
 
 # %% ../nbs/experiments/10_training.ipynb #e927341c
 import hashlib
@@ -16,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -40,7 +42,7 @@ from torch import Tensor, nn
 import sumix_nb
 from .callback import CLEAN, Mix, SUMix
 from .checkpoints import Checkpoint
-from .data import SOURCES, STATS, get_dls
+from .data import SOURCES, STATS, check_valid, get_dls
 from .distributed import distribute, local_device
 from .evaluation.calibration import reliability_curve, reliability_sums
 from .hardware import DTYPES, Autocast, LossScaler, WeightAverage
@@ -122,12 +124,16 @@ class Recipe:
                 raise TypeError(f"`{kind.name}` must be True or False, got {getattr(self, kind.name)!r}")
         for name in ("epochs", "bs", "width", "accumulate"): check_whole(name, getattr(self, name), 1)
         check_whole("seed", self.seed, 0)
-        if self.size is not None: check_whole("size", self.size, 1)
+        for name in ("size", "limit"):
+            if getattr(self, name) is not None: check_whole(name, getattr(self, name), 1)
+        check_valid(self.valid)
         for name, (least, most) in RANGES.items(): check_number(name, getattr(self, name), least, most)
         if not isinstance(self.mixer_options, dict):
             raise TypeError(f"`mixer_options` must be a dictionary, got {self.mixer_options!r}")
         check_number("min_lr", self.min_lr, 0, self.lr)
         check_number("warmup", self.warmup, 0, self.epochs)
+        for kind in fields(self): # 1 and 1.0 are one recipe, with one name
+            if kind.type is float: object.__setattr__(self, kind.name, float(getattr(self, kind.name)))
         if self.schedule == "one_cycle" and (self.min_lr or self.warmup):
             raise ValueError('`min_lr` and `warmup` must be 0 for schedule="one_cycle", which has its own')
         if self.method != "mce" and self.mixer == "none":
@@ -304,12 +310,13 @@ def train(
     progress:bool=True, # Show progress bars?
     learn:Learner|None=None, # A Learner from `make_learner`, for those who want to keep it
     workers:int|None=None, # Processes that decode large images, see `get_dls`
-    checkpoints:str|Path|None=None, # Folder of the checkpoint, from which a stopped run goes on; none by default
+    checkpoints:str|Path|None=None, # Folder of the checkpoint, kept until there is a record; none by default
     every:int=1, # Epochs from one checkpoint to the next
     sync_bn:bool=False, # See `distribute`
     log:str|None=None, # Show the run in "tensorboard" or "wandb", see `tracking`; nowhere by default
 )->dict: # The record, the same in all processes, of which the first writes it
     "Train; errors of what is called here; `FloatingPointError` for a loss that is not finite"
+    if folder is not None and rank_distrib() == 0: make_folder(folder) # before the training, not after
     learn, commit = learn or make_learner(recipe, path, device or local_device(), workers), git_commit()
     if learn.opt is not None: raise ValueError("`learn` must be fresh, got one that was trained or searched with")
     keepers = [] if checkpoints is None else [Checkpoint(checkpoints, recipe.name, every)]
@@ -320,8 +327,9 @@ def train(
         if not torch.tensor([epoch["train_loss"] for epoch in record["epochs"]]).isfinite().all():
             raise FloatingPointError(f"the training loss of {recipe.name} is not finite: lower `lr` ({recipe.lr})")
         if rank_distrib() > 0: return record
-        if folder is not None: write_record(record, folder)
-    for keeper in keepers: keeper.remove()
+        if folder is not None:
+            write_record(record, folder)
+            for keeper in keepers: keeper.remove()
     return record
 
 
@@ -349,6 +357,14 @@ def peak_memory(
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/experiments/10_training.ipynb #09400932
+def processor_name()->str:
+    "What the system calls the processor; sums are rounded in another order by another one"
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError: lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def make_record(
     recipe:Recipe, # The recipe
     learn:Learner, # The Learner that was trained by it
@@ -356,7 +372,8 @@ def make_record(
     "What there is to know about a finished run"
     epochs, device = learn.epoch_log.epochs, next(learn.model.parameters()).device
     packages, threads = ("torch", "torchvision", "fastai"), torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {threads} threads"
+    if device.type == "cuda": name = torch.cuda.get_device_name(device)
+    else: name = f"{processor_name() if device.type == 'cpu' else device.type}, {threads} threads"
     return {"name": recipe.name, "recipe": asdict(recipe), "accuracy": epochs[-1]["accuracy"],
             "seconds": sum(epoch["seconds"] for epoch in epochs),
             "seconds_per_step": min(epoch["seconds_per_step"] for epoch in epochs),
@@ -376,14 +393,21 @@ def git_commit()->str|None: # Hash, with "+" if the tree has changes; None where
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../nbs/experiments/10_training.ipynb #fbea03dd
+def make_folder(
+    folder:str|Path, # Need not exist
+)->Path: # The folder
+    "A folder for records; `OSError` unless files can be written there"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder): return folder
+
+
 def write_record(
     record:dict, # From `train`
     folder:str|Path, # Where records are kept; made if it does not exist
 )->Path: # `folder/<name>.json`
     "Write a record atomically"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{record['name']}.json"
+    file = make_folder(folder) / f"{record['name']}.json"
     with writing_whole(file, "w") as opened: json.dump(record, opened, indent=1)
     return file
 
@@ -392,8 +416,11 @@ def read_record(
     file:Path, # As written by `write_record`
 )->dict: # Fields of its recipe that are younger than the record have the value that they stand for
     "One record; `ValueError` that names a damaged file"
-    try: record = json.loads(file.read_text())
+    try: record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{file} is not a whole record: {error}") from error
+    facts = record if isinstance(record, dict) else {}
+    if not isinstance(facts.get("name"), str) or not isinstance(facts.get("recipe"), dict):
+        raise ValueError(f"{file} is not a whole record: it must have a name and a recipe")
     return record | {"recipe": BEFORE | record["recipe"]}
 
 

@@ -23,17 +23,18 @@ def test_the_arms_cover_variants_clean_modes_parts_and_controls():
 def test_all_runs_are_one_grid_seed_by_seed(tmp_path, monkeypatch):
     def told(grid):
         assert list(grid.recipes.values()) == [arm_recipe(arm, seed) for seed in SEEDS for arm in ARMS]
-        assert grid.out == tmp_path and grid.options["path"] == "images"
-        assert (grid.engine.slots, grid.engine.threads) == (2, 1) and grid.again == {failed}
+        assert grid.out == tmp_path and grid.options["path"] == images
+        assert (grid.engine.slots, grid.engine.threads) == (2, 1) and [*grid.again] == [failed]
         grid.states = dict.fromkeys(grid.states, "done") | {arm_recipe("poster", 1).name: outcome}
     failed = arm_recipe("poster", 1).name
-    write_record({"name": failed, "error": "OSError: no images"}, tmp_path / "failed")
+    write_record({"name": failed, "recipe": {}, "error": "OSError: no images"}, tmp_path / "failed")
+    (images := tmp_path / "images").mkdir()
     monkeypatch.setattr(ablations.Grid, "run", told)
     outcome = "done"
-    run_ablations(data_dir="images", out=tmp_path, jobs=2, threads=1)
+    run_ablations(data_dir=images, out=tmp_path, jobs=2, threads=1)
     outcome = "failed"
     with pytest.raises(SystemExit, match=f"{failed}.json: OSError: no images"):
-        run_ablations(data_dir="images", out=tmp_path, jobs=2, threads=1)
+        run_ablations(data_dir=images, out=tmp_path, jobs=2, threads=1)
 
 
 def test_records_of_arms_are_found_and_others_left_out():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sumix_nb import grid
+from sumix_nb.data import usable_cores
 from sumix_nb.grid import CONTEXT, Grid, LocalEngine, attempt, clock, read_grid, recipe_grid, seconds_left, state_of
 from sumix_nb.state import read_checkpoint
 from sumix_nb.training import Recipe, load_records, train, write_record
@@ -240,6 +241,141 @@ def test_what_another_grid_has_mended_is_not_run_again(tmp_path):
     assert not runs.running and runs.named("done") == [recipe.name]
 
 
+def test_what_another_grid_has_tried_again_is_not_tried_a_third_time(tmp_path):
+    Grid([HOT], tmp_path, LocalEngine(threads=1)).run(quiet=True)
+    pair = [Grid([HOT], tmp_path, LocalEngine(threads=1), retry=True) for _ in range(2)]
+    first = (tmp_path / "failed" / f"{HOT.name}.json").stat().st_mtime_ns
+    pair[0].run(quiet=True)
+    second = (tmp_path / "failed" / f"{HOT.name}.json").stat().st_mtime_ns
+    pair[1].begin(HOT.name)
+    assert first < second and not pair[1].running and pair[1].named("failed") == [HOT.name]
+
+
+class Interrupted(LocalEngine):
+    "Ctrl-C, the first time that it waits"
+    asked = 0
+
+    def wait(self, runs, timeout):
+        self.asked += 1
+        if self.asked == 1: raise KeyboardInterrupt
+        return super().wait(runs, timeout)
+
+
+def test_a_grid_that_was_interrupted_can_be_run_again(tmp_path):
+    recipe, = recipe_grid(epochs=1, **TINY)
+    runs = Grid([recipe], tmp_path, Interrupted(threads=1))
+    with pytest.raises(KeyboardInterrupt): runs.run(quiet=True)
+    assert runs.named("waiting") == [recipe.name] and not runs.running
+    record, = runs.run(quiet=True)
+    assert record["name"] == recipe.name
+
+
+def test_a_run_that_is_stopped_by_sigterm_is_no_failure_and_goes_on(tmp_path):
+    recipe, = recipe_grid(epochs=200, **TINY)
+    runs = Grid([recipe], tmp_path, LocalEngine(threads=1), checkpoints=tmp_path / "running")
+    runs.begin(recipe.name)
+    (started,), file = runs.running, tmp_path / "running" / f"{recipe.name}.ckpt"
+    deadline = time.monotonic() + 120
+    while not file.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.process.terminate()
+    runs.finish(started)
+    assert runs.named("waiting") == [recipe.name] and not (tmp_path / "failed").exists() and not runs.durations
+    stopped = read_checkpoint(file)["epoch"]
+    record, = runs.run(quiet=True)
+    assert 0 < stopped < 200 == len(record["epochs"]) and not file.exists()
+
+
+SCRIPT = """
+from sumix_nb.grid import Grid, recipe_grid
+{guard}Grid(recipe_grid(width=4, limit=60, bs=20, epochs=1, seed=[0, 1]), "records").run()
+"""
+
+
+@pytest.mark.parametrize("guard", ["", "if __name__ == '__main__': "])
+def test_a_script_needs_a_main_part_and_is_told_so(tmp_path, guard):
+    (tmp_path / "study.py").write_text(SCRIPT.format(guard=guard))
+    done = subprocess.run([sys.executable, "study.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0) == bool(guard), done.stderr
+    assert len([*tmp_path.rglob("*.json")]) == (2 if guard else 0)
+    if not guard: assert done.stderr.count("RuntimeError: ") == 2 and '`if __name__ == "__main__":`' in done.stderr
+
+
+def test_on_another_disk_the_checkpoint_is_kept_until_there_is_a_record(tmp_path, monkeypatch):
+    recipe, = recipe_grid(epochs=1, **TINY)
+    monkeypatch.setattr(LocalEngine, "same_disk", False)
+    runs, write = Grid([recipe], tmp_path, LocalEngine(threads=1), checkpoints=tmp_path), grid.write_record
+    checkpoint = tmp_path / f"{recipe.name}.ckpt"
+    def full(*arguments): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(grid, "write_record", full)
+    with pytest.raises(OSError): runs.run(quiet=True)
+    assert checkpoint.is_file()
+    monkeypatch.setattr(grid, "write_record", write)
+    assert len(runs.run(quiet=True)) == 1 and not checkpoint.exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"data_dir": "x"}, "options must be among .*data_dir"), ({"every": 0}, "`every`"),
+    ({"log": "tensorbord"}, "`log`"), ({"device": "gpu"}, "`device` must be known"),
+    ({"device": "xpu:0"}, "`device` must be one of this machine"), ({"path": "nowhere"}, "no folder nowhere")])
+def test_what_every_run_would_fail_with_is_an_error_before_the_first(tmp_path, options, message):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message): Grid([HOT], tmp_path, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_working_folder_may_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = Grid([HOT], "records", path=".", checkpoints="running")
+    assert runs.options == {"path": tmp_path, "checkpoints": tmp_path / "running", "folder": tmp_path / "records"}
+
+
+def test_what_became_of_a_run_is_told_whatever_has_happened_to_the_file(tmp_path, capsys):
+    (tmp_path / "grid.toml").write_text("epochs = 1\nseed = [0, 1, 2, 3]\n" + "".join(
+        f"{name} = {value}\n" for name, value in TINY.items()))
+    recipes = recipe_grid(epochs=1, seed=range(4), **TINY)
+    (tmp_path / "failed").mkdir()
+    files = [tmp_path / f"{recipes[0].name}.json", *(tmp_path / "failed" / f"{r.name}.json" for r in recipes[1:])]
+    for file, text in zip(files, ("{", "{", json.dumps({"name": "x", "recipe": {}}), "{}")): file.write_text(text)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(SystemExit) as told:
+        grid.sumix_grid(str(tmp_path / "grid.toml"), out=str(tmp_path))
+    lines = told.value.code.splitlines()
+    assert [line.split(": ")[0].split(" is not")[0] for line in lines] == list(map(str, files))
+    assert "damaged" in lines[0] and "not a whole record" in lines[1] and "no record of a failure" in lines[2]
+    with pytest.warns(UserWarning): runs = Grid(recipes, tmp_path)
+    for file in files[1:]: file.unlink()  # as another grid does that has mended them
+    assert runs.failures() == [f"{files[0]}: damaged, and skipped"]
+
+
+def test_a_disk_that_is_full_for_the_runs_too_is_one_line_that_names_the_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    first, second = recipe_grid(epochs=1, seed=[0, 1], **TINY)
+    record = write_record(train(first, progress=False), tmp_path)
+    before = record.read_bytes()
+    (tmp_path / "grid.toml").write_text("epochs = 1\nseed = [0, 1]\n" + "".join(
+        f"{name} = {value}\n" for name, value in TINY.items()))
+    done = subprocess.run([sys.executable, "-B", "-m", "sumix_nb.grid", tmp_path / "grid.toml", "--out", tmp_path],
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),  # bytes a file
+                          capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("sumix_grid: ") and f"{second.name}.json" in last
+    assert record.read_bytes() == before and not [*tmp_path.rglob("*.tmp")]
+    assert [*tmp_path.glob("*.json")] == [record]
+
+
+def test_records_can_be_read_by_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try: file = write_record({"name": "x"}, tmp_path)
+    finally: os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_threads_are_shared_out_among_the_cores_of_this_process(monkeypatch):
+    monkeypatch.setattr(grid, "usable_cores", lambda: 7)
+    assert [LocalEngine(jobs).threads for jobs in (1, 2, 8)] == [7, 3, 1]
+    if hasattr(os, "sched_getaffinity"): assert usable_cores() == len(os.sched_getaffinity(0))
+
+
 def test_damaged_records_are_named_and_skipped(tmp_path):
     recipes = recipe_grid(epochs=1, seed=[0, 1], **TINY)
     damaged = tmp_path / f"{recipes[0].name}.json"
@@ -279,7 +415,11 @@ def test_estimates():
 
 
 def test_reading_names_the_file(tmp_path):
-    for content in ("a =", "runs = 1", "mixr = 'cutmix'", "seed = []", "recipe = 'no'", "epochs = 0"):
+    Path(tmp_path, "grid.toml").write_text("seed = [0, 1]\n", encoding="utf-8-sig")
+    assert [recipe.seed for recipe in read_grid(tmp_path / "grid.toml")] == [0, 1]
+    Path(tmp_path, "grid.toml").write_text("mixer = 'mixup'\nmixer_options = {quality = 1}\nalpha = [1, 1.0]\n")
+    assert [recipe.mixer_options for recipe in read_grid(tmp_path / "grid.toml")] == [{"quality": 1}]
+    for content in ("a =", "runs = 1", "mixr = 'cutmix'", "seed = []", "recipe = 'no'", "epochs = 0", "[[run]]", "[a]"):
         Path(tmp_path, "grid.toml").write_text(content)
         with pytest.raises(ValueError, match="grid.toml: "): read_grid(tmp_path / "grid.toml")
     with pytest.raises(FileNotFoundError): read_grid(tmp_path / "none.toml")
@@ -325,6 +465,37 @@ def test_ray_reports_a_worker_that_dies_too_often(cluster, tmp_path, monkeypatch
 
 
 def dies(recipe, **options): os._exit(1)
+
+
+def test_ray_tries_a_run_again_that_was_stopped_by_sigterm(cluster, tmp_path):
+    import psutil
+    recipe, = recipe_grid(epochs=400, **TINY)
+    runs, file = Grid([recipe], tmp_path, grid.RayEngine(cpus=1), checkpoints=tmp_path), f"{recipe.name}.ckpt"
+    runs.begin(recipe.name)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / file).is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in psutil.process_iter():
+        if process.name().startswith("ray::attempt"): process.terminate()
+    record, = runs.run(quiet=True)
+    assert len(record["epochs"]) == 400 and not (tmp_path / "failed").exists() and not (tmp_path / file).exists()
+
+
+def test_ray_says_what_was_raised_in_a_worker(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "attempt", refuses)
+    assert Grid([HOT], tmp_path, grid.RayEngine(cpus=1)).run(quiet=True) == []
+    failure, = load_records(tmp_path / "failed")
+    assert failure["error"] == "ModuleNotFoundError: No module named 'timm'" and "Traceback" in failure["traceback"]
+
+
+def refuses(recipe, **options): raise ModuleNotFoundError("No module named 'timm'")
+
+
+def test_ray_is_given_as_many_runs_as_the_cluster_holds(cluster):
+    assert [grid.RayEngine(cpus=cpus).slots for cpus in (0.5, 1, 2)] == [4, 2, 1]
+    with pytest.warns(UserWarning, match="no machine of the cluster has 1 cores and 1 GPUs"):
+        assert grid.RayEngine(gpus=1).slots == 1
 
 
 def test_engines_check_their_arguments(monkeypatch):

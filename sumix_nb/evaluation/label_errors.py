@@ -224,7 +224,7 @@ def study_recipe(
 )->Recipe:
     "The recipe of one network; `ValueError` for an unknown training"
     if training not in TRAININGS: raise ValueError(f"`training` must be one of {tuple(TRAININGS)}, got {training!r}")
-    return Recipe(data="scenes", epochs=8, momentum=0.0, precision="bf16", seed=seed, **TRAININGS[training])
+    return Recipe(data="scenes", epochs=8, precision="bf16", seed=seed, **TRAININGS[training])
 
 
 @call_parse
