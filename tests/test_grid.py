@@ -486,7 +486,7 @@ def test_ray_says_what_was_raised_in_a_worker(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "attempt", refuses)
     assert Grid([HOT], tmp_path, grid.RayEngine(cpus=1)).run(quiet=True) == []
     failure, = load_records(tmp_path / "failed")
-    assert failure["error"] == "ModuleNotFoundError: No module named 'timm'" and "Traceback" in failure["traceback"]
+    assert failure["error"] == "ModuleNotFoundError: No module named 'timm'" and "in refuses" in failure["traceback"]
 
 
 def refuses(recipe, **options): raise ModuleNotFoundError("No module named 'timm'")
