@@ -65,7 +65,7 @@ def study_table(
 )->str: # Markdown
     "A row for each pair of arms: mean and standard deviation over their common seeds, and what SUMix adds"
     found = gains(values)
-    lines = ["| mixer | seeds | without | with SUMix | difference [95 % interval] | poster |",
+    lines = ["| mixer | seeds | without | with SUMix | difference [95 % interval] | poster (without, with) |",
              "|---|---|---|---|---|---|"]
     for base in [arm for arm in values if "SUMix" not in arm]:
         poster, pairs = poster_row(base), {arm: pair for arm, pair in found.items() if arm.split(" + ")[0] == base}

@@ -40,7 +40,8 @@ def test_all_runs_are_one_grid_seed_by_seed(tmp_path, monkeypatch):
 def test_records_of_arms_are_found_and_others_left_out():
     records = load_records(ROOT / "results", **BASE)
     for momentum in (0.9, 0.0):
-        series = [record for record in records if record["recipe"]["momentum"] == momentum]
+        series = [record for record in records if record["recipe"]["momentum"] == momentum
+                  and record["recipe"]["seed"] in SEEDS]  # the study has more of some arms
         found = arm_accuracies(records, momentum)
         assert sum(map(len, found.values())) == len(series) > 0
         for record in series: assert any(100 * record["accuracy"] in values.values() for values in found.values())

@@ -270,8 +270,8 @@ def error_table(
     "A measure of each share, for every training: mean and standard deviation over seeds, times 100"
     rows = {share: seed_values(records, mixer, share, measure) for share in shares}
     trainings = next(iter(rows.values()))
-    lines = [f"{mixer:<26}" + "".join(f"{training:>18}" for training in trainings)]
+    lines = [f"{mixer:<26}" + "".join(f"{training:>16}" for training in trainings)]
     for share, values in rows.items():
         lines.append(f"{share:<26}" + "".join(
-            f"{mean_and_spread([100 * value for value in values[training].values()]):>18}" for training in trainings))
+            f"{mean_and_spread([100 * value for value in values[training].values()]):>16}" for training in trainings))
     return "\n".join(lines)
