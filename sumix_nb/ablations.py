@@ -10,6 +10,7 @@ import sys
 
 from fastcore.script import call_parse
 
+from .command_line import one_line
 from .grid import Grid, LocalEngine
 from .training import SEEDS, Recipe, records_by_seed
 
@@ -55,8 +56,10 @@ def run_ablations(
 ):
     "Train every arm and seed that has no record, those too that failed before; exit code 1 if one fails"
     recipes = [arm_recipe(arm, seed) for seed in SEEDS for arm in ARMS]
-    grid = Grid(recipes, out, LocalEngine(jobs, threads), retry=True, path=data_dir)
-    grid.run()
+    try:
+        grid = Grid(recipes, out, LocalEngine(jobs, threads), retry=True, path=data_dir)
+        grid.run()
+    except (ValueError, TypeError, OSError) as error: sys.exit(one_line(error))
     if lost := grid.failures(): sys.exit("\n".join(lost))
 
 # %% ../nbs/experiments/18_ablations.ipynb #e264f49d

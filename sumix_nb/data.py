@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_STATS', 'SOURCES', 'STATS', 'reflect_index', 'crop_flip', 'sample_crop_flip', 'RandomCropFlip', 'DataSource',
            'list_images', 'unpack', 'download', 'find_root', 'read_image', 'usable_cores', 'decode_images',
            'rank_in_class', 'read_digits', 'read_scenes', 'read_folders', 'ImageSet', 'SeededDL', 'TensorDL',
-           'ImageDataLoaders', 'FileDL', 'hold_out', 'balanced_subset', 'check_valid', 'check_device', 'get_dls']
+           'ImageDataLoaders', 'FileDL', 'hold_out', 'balanced_subset', 'check_valid', 'get_dls']
 
 # %% ../nbs/10_data.ipynb #a70e94e4
 import difflib
@@ -462,10 +462,8 @@ def check_valid(
         raise ValueError(f'`valid` must be "test" or a fraction between 0 and 1, got {valid!r}')
 
 # %% ../nbs/10_data.ipynb #d2fc1ccc
-def check_device(
-    device:str|torch.device|None, # fastai's default for None
-)->torch.device:
-    "The device; `ValueError` unless it is one that can hold a tensor"
+def _check_device(device):
+    "The device; it must be one that can hold a tensor"
     try: return torch.empty(1, device=default_device() if device is None else device).device
     except (RuntimeError, AssertionError) as error: # PyTorch raises the latter if it was built without CUDA
         reason = str(error).splitlines()[0]
@@ -539,7 +537,7 @@ def get_dls(
         if value is not None or argument in ("bs", "seed"): _check_int(argument, value, least)
     check_valid(valid)
     _check_options(view, stats, workers)
-    device = check_device(device)
+    device = _check_device(device)
     data, vocab = _read(source, path, size, ("train", "test") if valid == "test" else ("train",))
 
     generator = torch.Generator().manual_seed(int(seed))

@@ -314,7 +314,7 @@ def check_options(
     check_whole("every", options.get("every", 1), 1)
     path, device, log = (options.get(name) for name in ("path", "device", "log"))
     if log not in (None, *TRACKERS): raise ValueError(f"`log` must be one of {TRACKERS} or nothing, got {log!r}")
-    if here and device is not None:
+    if here and device is not None: # without a tensor there, which would take its memory as long as the grid lasts
         try: there = torch.get_device_module(torch.device(device)).is_available()
         except RuntimeError as error: raise ValueError(f"`device` must be known to PyTorch, got {device!r}") from error
         if not there: raise ValueError(f"`device` must be one of this machine, got {device!r}")
@@ -325,7 +325,7 @@ def check_options(
 
 
 class Grid:
-    "Runs and what became of them; `ValueError` without runs, `OSError` for a folder without access, `check_options`"
+    "Runs and what became of them; `ValueError` without runs, `OSError` for a closed folder; errors of `check_options`"
     def __init__(self,
         recipes:list[Recipe], # From `recipe_grid` or `read_grid`
         out:str|Path="results", # Folder of the records

@@ -407,7 +407,9 @@ def write_record(
     folder:str|Path, # Where records are kept; made if it does not exist
 )->Path: # `folder/<name>.json`
     "Write a record atomically"
-    file = make_folder(folder) / f"{record['name']}.json"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{record['name']}.json"
     with writing_whole(file, "w") as opened: json.dump(record, opened, indent=1)
     return file
 

@@ -50,3 +50,8 @@ def test_records_of_arms_are_found_and_others_left_out():
 
 def test_an_unknown_arm_is_named():
     with pytest.raises(ValueError, match="`arm` must be one of"): arm_recipe("puzzle")
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="^no folder .*nowhere"):
+        run_ablations(data_dir=tmp_path / "nowhere", out=tmp_path / "out")

@@ -330,7 +330,7 @@ def test_the_working_folder_may_change(tmp_path, monkeypatch):
     assert runs.options == {"path": tmp_path, "checkpoints": tmp_path / "running", "folder": tmp_path / "records"}
 
 
-def test_what_became_of_a_run_is_told_whatever_has_happened_to_the_file(tmp_path, capsys):
+def test_what_became_of_a_run_is_told_whatever_has_happened_to_the_file(tmp_path):
     (tmp_path / "grid.toml").write_text("epochs = 1\nseed = [0, 1, 2, 3]\n" + "".join(
         f"{name} = {value}\n" for name, value in TINY.items()))
     recipes = recipe_grid(epochs=1, seed=range(4), **TINY)

@@ -226,7 +226,8 @@ def test_the_headline_follows_from_the_records(training):
             area, poster, corrected, released = (after[mixer][name] for name in (
                 AREA, "poster, logits", "corrected, logits", "released, logits"))
             assert poster["gain"][1] > 0 and corrected["gain"][1] > 0 and released["gain"][2] < 0
-            assert corrected["error"][0] < poster["error"][0] < area["error"][0] < released["error"][0] / 1.5
+            worse = 2 if run["accuracy"] > 0.25 else 1.5  # one network learned little
+            assert corrected["error"][0] < poster["error"][0] < area["error"][0] < released["error"][0] / worse
             assert abs(poster["gain"][0] - (area["error"][0] - poster["error"][0])) < 2e-4
             assert abs(before[mixer]["poster, logits"]["gain"][0]) < 1e-3  # an untrained network knows nothing
         assert after["ResizeMix"]["corrected, logits"]["gain"][0] < 0
