@@ -10,19 +10,31 @@ from fastai.learner import Learner
 from torch import nn
 from torch.nn import functional as F
 
-from sumix_nb.callback import Mix, SUMix
-from sumix_nb.data import ImageSet, crop_flip, get_dls
-from sumix_nb.loss import SUMixLoss, mixed_cross_entropy, mixed_loss, per_sample_loss, sumix_loss
-from sumix_nb.mixers import CutMix, FMix, GridMix, Mixed, MixUp, OneOf, ResizeMix, SaliencyMix, SmoothMix
-from sumix_nb.mixers.core import check_generator, mixing_box, sample_lam, scaled_box
+from sumix_nb.sumix.callback import SUMix
+from sumix_nb.sumix.mix import Mix
+from sumix_nb.data.augment import crop_flip
+from sumix_nb.data.loaders import ImageSet, get_dls
+from sumix_nb.sumix.loss import SUMixLoss, sumix_loss
+from sumix_nb.sumix.mixed_loss import mixed_cross_entropy, mixed_loss, per_sample_loss
+from sumix_nb.mixers.choosing import OneOf
+from sumix_nb.mixers.cutmix import CutMix
+from sumix_nb.mixers.fmix import FMix
+from sumix_nb.mixers.gridmix import GridMix, SmoothMix
+from sumix_nb.mixers.mixed import MixUp, Mixed
+from sumix_nb.mixers.resizemix import ResizeMix
+from sumix_nb.mixers.saliencymix import SaliencyMix
+from sumix_nb.checks import check_generator
+from sumix_nb.mixers.cutmix import mixing_box, scaled_box
+from sumix_nb.mixers.mixed import sample_lam
 from sumix_nb.mixers.fmix import binarise, low_frequency_image
 from sumix_nb.mixers.resizemix import paste_resized
-from sumix_nb.mixers.saliencymix import fine_grained_saliency, spectral_saliency
-from sumix_nb.models import find_classifier, get_model, logits_and_features
-from sumix_nb.ratio import (check_encodings, check_labels, check_lam, check_variant, mix_ratio, ratio_from_distances,
-                            released_distance, semantic_distance)
+from sumix_nb.mixers.saliency import fine_grained_saliency, spectral_saliency
+from sumix_nb.models.networks import get_model
+from sumix_nb.models.tap import find_classifier, logits_and_features
+from sumix_nb.checks import check_encodings, check_labels, check_lam
+from sumix_nb.sumix.ratio import check_variant, mix_ratio, ratio_from_distances, released_distance, semantic_distance
 from sumix_nb.pictures import example_batch, show_images
-from sumix_nb.uncertainty import UncertaintyHead
+from sumix_nb.sumix.uncertainty import UncertaintyHead
 
 IMAGES, TARGET, LOGITS = torch.zeros(4, 3, 6, 6), torch.arange(4), torch.zeros(4, 5)
 ONES, PARTNER = torch.ones(4), torch.tensor([1, 0, 3, 2])

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sumix_nb.loss import sumix_loss
-from sumix_nb.mixers.core import (Mixed, MixUp, blend_, box_mask, box_ratio, cut_and_paste, mixing_box, outer_mask,
-                                  scaled_box, take_images)
+from sumix_nb.sumix.loss import sumix_loss
+from sumix_nb.mixers.cutmix import box_mask, box_ratio, cut_and_paste, mixing_box, outer_mask, scaled_box
+from sumix_nb.mixers.mixed import MixUp, Mixed, blend_, take_images
 from sumix_nb.mixers.fmix import binarise, low_frequency_image
 from sumix_nb.mixers.gridmix import GridMix, SmoothMix, bell, grid_lines, outer_share
 from sumix_nb.mixers.resizemix import ResizeMix, paste_resized
-from sumix_nb.mixers.saliencymix import fine_grained_saliency, most_salient
-from sumix_nb.ratio import mix_ratio, released_distance
+from sumix_nb.mixers.saliency import fine_grained_saliency, most_salient
+from sumix_nb.sumix.ratio import mix_ratio, released_distance
 from tests.conftest import Cases
 
 EXCERPT = Path(__file__).parent / "data" / "sumix_loss_excerpt.npz"

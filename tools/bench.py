@@ -21,12 +21,18 @@ from fastcore.script import call_parse
 from timm.data.mixup import Mixup
 from torchvision.transforms import v2
 
-from sumix_nb.mixers import CutMix, FMix, GridMix, MixUp, ResizeMix, SaliencyMix, SmoothMix
-from sumix_nb.mixers.core import blend_, box_mask, mixing_box, sample_lam, sample_partner, take_images
+from sumix_nb.mixers.cutmix import CutMix
+from sumix_nb.mixers.fmix import FMix
+from sumix_nb.mixers.gridmix import GridMix, SmoothMix
+from sumix_nb.mixers.mixed import MixUp
+from sumix_nb.mixers.resizemix import ResizeMix
+from sumix_nb.mixers.saliencymix import SaliencyMix
+from sumix_nb.mixers.cutmix import box_mask, mixing_box
+from sumix_nb.mixers.mixed import blend_, sample_lam, sample_partner, take_images
 from sumix_nb.mixers.gridmix import grid_lines
 from sumix_nb.mixers.resizemix import shrink
-from sumix_nb.mixers.saliencymix import fine_grained_saliency, to_uint8
-from sumix_nb.training import git_commit, write_record
+from sumix_nb.mixers.saliency import fine_grained_saliency, to_uint8
+from sumix_nb.training.records import git_commit, write_record
 
 SIZES = ((100, 3, 32, 32), (32, 3, 224, 224))
 CLASSES = 100

@@ -10,10 +10,12 @@ from bench import conditions, goal_line, goal_ratios, measure, median_ratio, sum
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
-from sumix_nb.loss import sumix_loss
-from sumix_nb.mixers import CutMix
-from sumix_nb.ratio import VARIANTS
-from sumix_nb.training import Recipe, make_learner, write_record
+from sumix_nb.sumix.loss import sumix_loss
+from sumix_nb.mixers.cutmix import CutMix
+from sumix_nb.sumix.ratio import VARIANTS
+from sumix_nb.training.recipe import Recipe
+from sumix_nb.training.records import write_record
+from sumix_nb.training.train import make_learner
 
 N, CLASSES = 100, 100
 LOOPS = "released arithmetic, in loops"

@@ -5,7 +5,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from fastcore.script import call_parse
 
-from sumix_nb.training import Recipe, comparison_table, label_of, make_learner, plot_curves, train
+from sumix_nb.training.recipe import Recipe
+from sumix_nb.training.records import comparison_table, label_of, plot_curves
+from sumix_nb.training.train import make_learner, train
 
 RUNS = (("none", "mce"), ("cutmix", "mce"), ("cutmix", "sumix"))
 

@@ -7,7 +7,8 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'Mixed', 'Mixer', 'MixUp', 'OneOf', 'Res
 
 # %% ../../nbs/mixers/00_mixers.ipynb #642174c8
 from .choosing import OneOf
-from .core import CutMix, Mixed, Mixer, MixUp
+from .mixed import Mixed, Mixer, MixUp
+from .cutmix import CutMix
 from .fmix import FMix
 from .gridmix import GridMix, SmoothMix
 from .resizemix import ResizeMix

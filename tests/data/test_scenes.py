@@ -1,0 +1,115 @@
+"Drawn images with masks, and photographs with masks"
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sumix_nb.data.scenes import CHUNK, CLASSES, SHAPES, TEXTURES, MaskedImages, draw_objects, pets, scenes
+
+
+def test_there_are_enough_classes_and_each_shares_shape_or_texture_with_others():
+    assert len(CLASSES) == len(set(CLASSES)) == len(SHAPES) * len(TEXTURES) >= 20
+
+
+@pytest.mark.parametrize("n", [1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("size", [16, 33])
+def test_any_number_and_size(n, size):
+    found = scenes(n, size, seed=5)
+    assert found.images.shape == (n, 3, size, size) and found.masks.shape == (n, 1, size, size) and len(found) == n
+    covered = found.masks.double().mean((1, 2, 3))
+    assert found.images.dtype == torch.uint8 and ((covered > 0) & (covered < 1)).all()
+    assert found.target.min() >= 0 and found.target.max() < len(CLASSES)
+
+
+def test_a_seed_repeats_and_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    one, two, other = scenes(300, seed=2), scenes(300, seed=2), scenes(300, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    for name in ("images", "target", "masks"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+        assert not torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_larger_size_shows_the_same_shape():
+    target = torch.arange(len(CLASSES))
+    n = len(target)
+    draws = (torch.full((n, 2), 0.5), torch.full((n,), 0.4), torch.linspace(0, 6, n), torch.ones(n), torch.zeros(n, 2))
+    small, large = (draw_objects(target, *draws, size)[0] for size in (32, 128))
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 4), small, rtol=0, atol=0.51)
+    torch.testing.assert_close(large.mean((1, 2, 3)), small.mean((1, 2, 3)), rtol=0.06, atol=0)
+
+
+def test_texture_changes_colours_and_not_the_outline():
+    target = torch.arange(len(CLASSES))
+    n = len(target)
+    draws = (torch.full((n, 2), 0.5), torch.full((n,), 0.4), torch.zeros(n), torch.full((n,), 1.5), torch.zeros(n, 2))
+    cover, first = draw_objects(target, *draws, 48)
+    groups = cover.view(len(SHAPES), len(TEXTURES), 48, 48)
+    assert (groups == groups[:, :1]).all() and (first <= cover).all()
+    colors = first.view(len(SHAPES), len(TEXTURES), -1)
+    for a in range(len(TEXTURES)):
+        for b in range(a): assert (colors[:, a] != colors[:, b]).any(1).all()
+
+
+def test_masks_are_as_large_as_their_shapes_whatever_the_texture():
+    found = scenes(3000, cut_off=0.0)
+    area = found.masks.double().mean((1, 2, 3))
+    squared_radius = (0.4**3 - 0.2**3) / 3 / 0.2  # mean square of a radius between 0.2 and 0.4
+    for shape, unit in {"disc": math.pi * 0.95**2, "square": 1.4**2, "triangle": 3 * math.sqrt(3) / 4}.items():
+        for texture in TEXTURES:
+            mean = area[found.target == CLASSES.index(f"{texture} {shape}")].mean().item()
+            assert mean == pytest.approx(unit * squared_radius, rel=0.14), (texture, shape)
+
+
+@pytest.mark.parametrize(("arguments", "error", "pattern"), [
+    (dict(n=0), ValueError, "`n`"), (dict(n=2.0), TypeError, "`n`"), (dict(size=15), ValueError, "`size`"),
+    (dict(seed=-1), ValueError, "`seed`"), (dict(clutter=-1), ValueError, "`clutter`"),
+    (dict(cut_off=1.1), ValueError, "`cut_off`"), (dict(noise=-0.1), ValueError, "`noise`")])
+def test_bad_arguments_are_named(arguments, error, pattern):
+    with pytest.raises(error, match=pattern): scenes(**{"n": 3} | arguments)
+
+
+@pytest.mark.parametrize(("part", "value", "pattern"), [
+    ("images", torch.zeros(3, 3, 8, 8), "`images`"), ("images", torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "`images`"),
+    ("images", torch.zeros(3, 3, 8, dtype=torch.uint8), "`images`"),
+    ("target", torch.zeros(2, dtype=torch.long), "`target`"), ("masks", torch.zeros(3, 1, 8, 8), "`masks`"),
+    ("masks", torch.zeros(3, 8, 8, dtype=torch.bool), "`masks`")])
+def test_parts_that_do_not_fit_are_named(part, value, pattern):
+    whole = {"images": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "target": torch.zeros(3, dtype=torch.long),
+             "masks": torch.zeros(3, 1, 8, 8, dtype=torch.bool), "vocab": ("a",)}
+    MaskedImages(**whole)
+    with pytest.raises(ValueError, match=pattern): MaskedImages(**whole | {part: value})
+
+
+def write_pet(base, name, sides, animal):
+    "A photograph and its map; `animal` is (top, bottom, left, right)"
+    picture, seam = np.full((*sides, 3), 30, np.uint8), np.full(sides, 2, np.uint8)
+    top, bottom, left, right = animal
+    picture[top:bottom, left:right], seam[top:bottom, left:right] = 220, 1
+    for folder, image, ending in (("images", picture, "jpg"), ("annotations/trimaps", seam, "png")):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(base / folder / f"{name}.{ending}")
+
+
+def test_pets_keep_mask_and_photograph_together(tmp_path):
+    base = tmp_path / "oxford-iiit-pet"
+    write_pet(base, "great_pyrenees_3", (60, 40), (20, 40, 10, 30))
+    write_pet(base, "Bombay_12", (40, 80), (0, 40, 40, 80))
+    (base / "annotations" / "trainval.txt").write_text("great_pyrenees_3 2 2 1\nBombay_12 1 1 1\n")
+    found = pets(tmp_path, "trainval", size=40)
+    assert found.vocab == ("Bombay", "Great Pyrenees") and found.target.tolist() == [1, 0]
+    for image, mask in zip(found.images, found.masks, strict=True):
+        assert image[:, mask[0]].float().mean() > 200 and image[:, ~mask[0]].float().mean() < 60
+    assert found.masks[1, 0, :, 20:].all() and not found.masks[1, 0, :, :20].any()
+
+
+def test_pets_that_are_missing_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="download=True"): pets(tmp_path)
+    base = tmp_path / "oxford-iiit-pet"
+    write_pet(base, "pug_1", (40, 40), (1, 9, 1, 9))
+    (base / "annotations" / "test.txt").write_text("pug_1 1 2 1\n")
+    assert len(pets(tmp_path)) == 1
+    (base / "annotations" / "trimaps" / "pug_1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="pug_1"): pets(tmp_path)

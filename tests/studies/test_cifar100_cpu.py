@@ -1,0 +1,192 @@
+"The study on CIFAR-100: every number of its tables is computed again from the files, without the package"
+import json
+import math
+import re
+import statistics
+
+import pytest
+from scipy import stats
+
+from sumix_nb.studies.statistics import paired_interval
+from sumix_nb.running.grid import read_grid
+from sumix_nb.studies.cifar100_cpu import accuracies, arm_of, gains, pooled_intervals, poster_row, study_runs
+from sumix_nb.studies.cifar100_cpu import study_table
+from sumix_nb.training.recipe import Recipe
+from sumix_nb.training.records import load_records
+from tests.conftest import ROOT
+
+PAGE = ROOT / "nbs" / "studies" / "20_cifar100_cpu.ipynb"
+NAMES = {"none": "plain", "mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix",
+         "resizemix": "ResizeMix"}
+POSTER = {"CutMix": "78.17, 79.78", "FMix": "79.69, 80.20", "SaliencyMix": "79.12, 79.91", "ResizeMix": "80.01, 80.38"}
+T = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}  # 97.5 % of Student's distribution, from a printed table
+COMMON = {"data": "cifar100", "epochs": 12, "precision": "bf16", "model": "resnet18", "width": 16, "stem": "small",
+          "alpha": 1.0, "per_sample": False, "p": 1.0, "xi": 0.5, "clean": "no_grad", "update_bn": True, "bs": 100,
+          "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "channels_last": True, "valid": "test", "limit": None}
+YOUNGER = {"z": "logits", "relabel": True, "mixer_options": {}, "view": None, "size": None, "stats": None,
+           "drop_last": True, "pretrained": False, "optimizer": "sgd", "schedule": "one_cycle", "min_lr": 0.0,
+           "warmup": 0.0, "clip": 0.0, "smoothing": 0.0, "spare_norms": False, "accumulate": 1, "ema": 0.0,
+           "compile": False}  # may be absent from older records
+
+
+def by_hand():
+    "(mixer, method, variant) -> seed -> record, from the files that fit the study's own words"
+    found = {}
+    for file in sorted((ROOT / "results").glob("*.json")):
+        record = json.loads(file.read_text())
+        recipe = YOUNGER | record["recipe"]
+        mixer, method, variant, seed = (recipe.pop(name) for name in ("mixer", "method", "variant", "seed"))
+        if recipe != COMMON | YOUNGER or mixer not in NAMES or method not in ("mce", "sumix"): continue
+        if method == "mce": variant = "poster"
+        if variant == "corrected": continue
+        group = found.setdefault((NAMES[mixer], method, variant), {})
+        assert seed not in group, file
+        group[seed] = record
+    return found
+
+
+def spread(values):
+    "Mean and standard deviation"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def pairs_of(found, base): return [found[seed] - base[seed] for seed in sorted(found) if seed in base]
+
+
+def deviation(pairs):
+    "Sum of squares around the mean"
+    mean = sum(pairs) / len(pairs)
+    return sum((x - mean) ** 2 for x in pairs)
+
+
+def interval(pairs):
+    "Mean, and Student's interval if there are two differences or more"
+    mean = sum(pairs) / len(pairs)
+    if len(pairs) == 1: return f"{mean:+.2f}", ""
+    reach = T[len(pairs) - 1] * math.sqrt(deviation(pairs) / (len(pairs) - 1) / len(pairs))
+    return f"{mean:+.2f}", f"[{mean - reach:+.2f}, {mean + reach:+.2f}]"
+
+
+def expected_tables():
+    "Rows of the tables of accuracies, of differences and of calibration errors"
+    runs = by_hand()
+    right = {key: {seed: 100 * record["accuracy"] for seed, record in group.items()} for key, group in runs.items()}
+    def over(measure):
+        return {key: {seed: 100 * sum(measure(part) for part in record["reliability"]) / 10_000
+                      for seed, record in group.items()} for key, group in runs.items()}
+    error = over(lambda part: part["n"] * abs(part["accuracy"] - part["confidence"]))
+    direction = over(lambda part: part["n"] * (part["accuracy"] - part["confidence"]))
+    rows, errors, added = [], [], {}
+    for mixer in NAMES.values():
+        plain = (mixer, "mce", "poster")
+        if plain not in right: continue
+        arms = [key for key in right if key[:2] == (mixer, "sumix") and pairs_of(right[key], right[plain])]
+        if not arms: rows.append([mixer, str(len(right[plain])), spread([*right[plain].values()]), "", "",
+                                  POSTER.get(mixer, "")])
+        for key in [plain, *arms]:
+            named, pairs = "" if key[2] == "poster" else f" ({key[2]})", ["", ""]
+            if key != plain:
+                pairs = interval(pairs_of(error[key], error[plain]))
+                shared = [seed for seed in right[key] if seed in right[plain]]
+                both = [spread([right[one][seed] for seed in shared]) for one in (plain, key)]
+                added[f"{mixer} + SUMix{named}"] = differences = pairs_of(right[key], right[plain])
+                rows.append([mixer + named, str(len(shared)), *both, " ".join(interval(differences)).strip(),
+                             "" if named else POSTER.get(mixer, "")])
+            errors.append([mixer + " + SUMix" * (key != plain) + named, str(len(error[key])),
+                           *(spread([*measured[key].values()]) for measured in (error, direction)),
+                           " ".join(pairs).strip()])
+    freedom = sum(len(pairs) - 1 for pairs in added.values())
+    common = math.sqrt(sum(map(deviation, added.values())) / freedom)
+    strict = stats.t.ppf(1 - 0.05 / 12, freedom)
+    differences = []
+    for arm, pairs in added.items():
+        mean, half = sum(pairs) / len(pairs), strict * common / math.sqrt(len(pairs))
+        differences.append([arm, str(len(pairs)), *interval(pairs), f"[{mean - half:+.2f}, {mean + half:+.2f}]"])
+    return rows, differences, errors
+
+
+def tables(text):
+    "The rows of each Markdown table, without head"
+    found = []
+    for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
+        found.append([[cell.strip() for cell in line[1:-1].split("|")] for line in block.strip().splitlines()[2:]])
+    return found
+
+
+def saved_tables():
+    "The tables that the page shows"
+    cells = json.loads(PAGE.read_text())["cells"]
+    texts = ["".join(output["data"]["text/markdown"]) for cell in cells for output in cell.get("outputs", ())
+             if "text/markdown" in output.get("data", {})]
+    return [rows for text in texts for rows in tables(text)]
+
+
+def test_every_number_in_the_tables_of_the_page_follows_from_the_files():
+    for shown, expected in zip(saved_tables(), expected_tables(), strict=True): assert sorted(shown) == sorted(expected)
+
+
+def test_every_number_of_the_readme_follows_from_the_files():
+    rows, _, _ = expected_tables()
+    shown = [table for table in tables((ROOT / "README.md").read_text()) if table[0][0] in NAMES.values()]
+    assert len(shown) == 1 and sorted(shown[0]) == sorted(rows)
+
+
+def test_the_file_holds_the_runs_that_were_promised():
+    recipes = read_grid(PAGE.parent / "study.toml")
+    seeds = {}
+    for recipe in recipes: seeds.setdefault(arm_of(recipe), []).append(recipe.seed)
+    five, three = [0, 1, 2, 3, 4], [0, 1, 2]
+    assert seeds == {"CutMix": five, "CutMix + SUMix": five, "CutMix + SUMix (released)": five, "plain": three} | {
+        f"{mixer}{end}": three for mixer in ("MixUp", "FMix", "SaliencyMix", "ResizeMix") for end in ("", " + SUMix")}
+
+
+def test_records_are_found_by_what_was_run_and_others_left_out():
+    records = load_records(ROOT / "results")
+    runs = study_runs(read_grid(PAGE.parent / "study.toml"), records)
+    expected = {key: sorted(found) for key, found in by_hand().items()}
+    def label(mixer, method, variant):
+        return mixer + " + SUMix" * (method == "sumix") + f" ({variant})" * (variant != "poster")
+    assert {arm: sorted(found) for arm, found in runs.items()} == {
+        label(*key): seeds for key, seeds in expected.items()}
+    for arm, values in accuracies(runs).items():
+        assert values == {seed: 100 * record["accuracy"] for seed, record in runs[arm].items()}
+    assert study_runs([Recipe()], records) == {}
+
+
+def test_gains_are_paired_by_seed():
+    found = gains({"CutMix": {0: 1.0, 1: 2.0, 5: 9.0}, "CutMix + SUMix": {1: 5.0, 0: 3.0}, "FMix + SUMix": {0: 1.0}})
+    assert found == {"CutMix + SUMix": {0: 2.0, 1: 3.0}}
+    assert gains({"CutMix": {0: 1.0}, "CutMix + SUMix": {1: 5.0}}) == {}
+
+
+def test_pairs_saw_the_same_mixtures_on_the_same_software():
+    runs, pairs = by_hand(), 0
+    for (mixer, method, _), group in runs.items():
+        base = runs.get((mixer, "mce", "poster"), {})
+        for seed in group.keys() & base.keys() if method == "sumix" else ():
+            one, other = group[seed], base[seed]
+            assert [epoch["lam"] for epoch in one["epochs"]] == [epoch["lam"] for epoch in other["epochs"]]
+            assert all(one[name] == other[name] for name in ("device", "versions"))
+            pairs += 1
+    assert pairs >= 4
+
+
+def test_the_posters_numbers_are_beside_their_mixers():
+    assert {mixer: poster_row(mixer) for mixer in (*NAMES.values(), "GridMix")} == dict.fromkeys(
+        (*NAMES.values(), "GridMix"), "") | POSTER
+
+
+def test_pooled_intervals_by_hand():
+    groups = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 0.0, 2: 4.0}, "c": {1: 7.0}}
+    spread_of_all = math.sqrt((2 + 8) / 3)  # of 2 + 1 degrees of freedom
+    for arm, (mean, n) in {"a": (2, 3), "b": (2, 2), "c": (7, 1)}.items():
+        half = T[3] * spread_of_all / math.sqrt(n)
+        assert pooled_intervals(groups)[arm] == pytest.approx((mean - half, mean + half), rel=1e-6)
+    low, high = pooled_intervals(groups, 0.99)["a"]
+    assert (high - low) / 2 == pytest.approx(5.840909 * spread_of_all / math.sqrt(3), rel=1e-6)
+    assert pooled_intervals({"a": groups["a"]})["a"] == pytest.approx(paired_interval(groups["a"]))
+    with pytest.raises(ValueError, match="`level`"): pooled_intervals(groups, 1.0)
+
+
+def test_an_arm_without_sumix_has_a_short_row():
+    assert study_table({"plain": {0: 50.0, 1: 52.0}}).splitlines()[2:] == ["| plain | 2 | 51.0 ± 1.4 | | |  |"]

@@ -1,0 +1,225 @@
+"Every mixer inside `Mix` and `SUMix`: the loss it is trained with, any kind of target, its options, and when it stops"
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.data.transforms import Normalize
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.mix import Mix, normalisation
+from sumix_nb.data.loaders import get_dls
+from sumix_nb.training.steps import Autocast
+from sumix_nb.sumix.loss import sumix_loss
+from sumix_nb.mixers.choosing import OneOf
+from sumix_nb.mixers.cutmix import CutMix
+from sumix_nb.mixers.fmix import FMix
+from sumix_nb.mixers.gridmix import GridMix, SmoothMix
+from sumix_nb.mixers.mixed import MixUp, Mixed
+from sumix_nb.mixers.resizemix import ResizeMix
+from sumix_nb.mixers.saliencymix import SaliencyMix
+from sumix_nb.training.recipe import MIXERS, Recipe
+from sumix_nb.training.records import label_of
+from sumix_nb.training.train import make_learner, train
+
+N, K = 24, 5
+FAMILY = [kind(per_sample=per_sample) for kind in (MixUp, CutMix, FMix, ResizeMix, SaliencyMix, GridMix, SmoothMix)
+          for per_sample in (False, True)]
+FAMILY += [OneOf([CutMix(), FMix(), MixUp()], p=[0.4, 0.2, 0.2], per_sample=per_sample) for per_sample in (False, True)]
+each_mixer = pytest.mark.parametrize("mixer", [pytest.param(mixer, id=repr(mixer)) for mixer in FAMILY])
+
+
+def loaders(target):
+    "Three batches of eight random images with the given targets, as training and as validation set"
+    images = torch.randn(len(target), 3, 9, 6, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(list(zip(images, target, strict=True)), bs=8, num_workers=0)
+    return DataLoaders(loader, loader, device=torch.device("cpu"))
+
+
+def indices(): return torch.randint(K, (N,), generator=torch.Generator().manual_seed(1))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, K))
+
+
+class Spy(Callback):
+    "Keeps logits, mixture and loss of every training batch"
+    order, run_valid = Mix.order + 1, False
+    def before_fit(self): self.batches = []
+    def after_loss(self):
+        mix = next(cb for cb in self.learn.cbs if isinstance(cb, Mix))
+        self.batches.append((self.learn.pred.detach().as_subclass(Tensor), mix.mixed, self.learn.loss))
+
+
+def fit(callback, target=None, loss_func=None, epochs=1, cbs=(), **options):
+    "Train without output; the Learner and what the spy saw"
+    spy = Spy()
+    learn = Learner(loaders(indices() if target is None else target), network(), cbs=[callback, spy, *cbs],
+                    loss_func=nn.CrossEntropyLoss() if loss_func is None else loss_func,
+                    opt_func=partial(SGD, mom=0.9), **options)
+    if hasattr(learn, "progress"): learn.remove_cb(learn.progress)
+    learn.logger = lambda row: None
+    with learn.no_logging(): learn.fit(epochs, 0.05)
+    return learn, spy.batches
+
+
+def one_hot(target): return F.one_hot(target, K).float()
+
+
+def soft_label(mixed, target_a, target_b):
+    "The label of each mixed image as (N, K) numbers"
+    return mixed.lam[:, None] * target_a + (1 - mixed.lam[:, None]) * target_b
+
+
+# ---- the loss of the plain mixer, exactly ----------------------------------------------------------
+
+@each_mixer
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_with_class_indices_the_loss_is_cross_entropy_of_the_soft_label_smoothing_included(mixer, smoothing):
+    _, batches = fit(Mix(mixer, seed=0), loss_func=nn.CrossEntropyLoss(label_smoothing=smoothing))
+    for logits, mixed, loss in batches:
+        label = soft_label(mixed, one_hot(mixed.target_a), one_hot(mixed.target_b))
+        expected = F.cross_entropy(logits, label, label_smoothing=smoothing)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_mixer
+def test_class_weights_and_smoothing_are_those_of_pytorch_for_either_label_weighed_by_its_share(mixer):
+    weight = torch.tensor([1.0, 5.0, 0.1, 2.0, 3.0])
+    _, batches = fit(Mix(mixer, seed=0), loss_func=nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1))
+    for logits, mixed, loss in batches:
+        total = divisor = 0.0
+        for i, lam in enumerate(mixed.lam.tolist()):
+            for target, share in ((mixed.target_a[i], lam), (mixed.target_b[i], 1 - lam)):
+                alone = F.cross_entropy(logits[i:i + 1], target[None], weight, label_smoothing=0.1, reduction="sum")
+                total += share * alone.item()
+                divisor += share * weight[target].item()
+        assert loss.item() == pytest.approx(total / divisor, rel=1e-4)
+
+
+@each_mixer
+def test_soft_and_multi_label_targets_give_the_loss_of_their_mean(mixer):
+    generator = torch.Generator().manual_seed(2)
+    soft, many = torch.rand(N, K, generator=generator).softmax(1), torch.randint(2, (N, K), generator=generator).float()
+    for target, loss_func in ((soft, nn.CrossEntropyLoss()), (many, nn.BCEWithLogitsLoss())):
+        _, batches = fit(Mix(mixer, seed=0), target, loss_func)
+        for logits, mixed, loss in batches:
+            label = soft_label(mixed, mixed.target_a, mixed.target_b)
+            torch.testing.assert_close(loss, loss_func(logits, label), rtol=1e-4, atol=1e-5)
+
+
+# ---- SUMix on top ----------------------------------------------------------------------------------
+
+@each_mixer
+@pytest.mark.parametrize("variant", ["poster", "released", "corrected"])
+def test_sumix_trains_on_every_mixer_with_finite_losses_and_moves_its_head(mixer, variant):
+    callback = SUMix(mixer, seed=0, variant=variant)
+    learn, batches = fit(callback)
+    assert all(loss.isfinite() for _, _, loss in batches) and len(batches) == 3
+    ratios = torch.cat([ratio for _, ratio in callback.history])
+    assert ((ratios >= 0) & (ratios <= 1)).all()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in learn.model[-1].parameters())
+
+
+@each_mixer
+def test_sumix_says_that_it_needs_class_indices(mixer):
+    with pytest.raises(ValueError, match="SUMix needs class indices"):
+        fit(SUMix(mixer, seed=0), torch.rand(N, K).softmax(1))
+
+
+@pytest.mark.parametrize("clean", CLEAN)
+def test_sumix_takes_a_list_and_its_loss_is_that_of_the_mixture_that_was_made(clean):
+    callback, seen = SUMix([CutMix(), FMix(per_sample=True)], seed=0, clean=clean), []
+    class Keep(Callback):
+        order, run_valid = Mix.order - 1, False
+        def after_loss(self):
+            mixed, passes = callback.mixed, callback.passes
+            heads = [callback.uncertainty_head(part) for part in passes[1:]]
+            seen.append(sumix_loss(self.learn.pred.as_subclass(Tensor), passes[0], *heads, mixed).loss.detach())
+    _, batches = fit(callback, cbs=[Keep()])
+    assert isinstance(callback.mixer, OneOf) and len(seen) == 3
+    torch.testing.assert_close(torch.stack([loss for _, _, loss in batches]).as_subclass(Tensor), torch.stack(seen))
+
+
+@pytest.mark.parametrize("kind", [Mix, SUMix])
+def test_any_object_that_follows_the_call_will_do(kind):
+    class Half:
+        def __call__(self, images, target, *, model=None, generator=None):
+            partner, half = torch.randperm(len(images), generator=generator), torch.full((len(images),), 0.5)
+            return Mixed((images + images[partner]) / 2, target, target[partner], half, partner)
+    _, batches = fit(kind(Half(), seed=0))
+    assert all(mixed.lam.eq(0.5).all() and loss.isfinite() for _, mixed, loss in batches)
+    _, batches = fit(kind([Half(), CutMix()], seed=0))
+    assert len(batches) == 3
+
+
+# ---- what a mixer is told, and when it stops ----------------------------------------------------------
+
+def test_mixers_learn_from_the_dataloaders_how_images_were_normalised_and_stay_as_they_were():
+    dls = get_dls("digits", bs=64, device="cpu")
+    mean, std = normalisation(dls)
+    normalise = next(transform for transform in dls.train.after_batch.fs if isinstance(transform, Normalize))
+    assert mean == normalise.mean.flatten().tolist() and std == normalise.std.flatten().tolist()
+    mixer = SaliencyMix()
+    callback = Mix([mixer, CutMix()], seed=0)
+    learn = Learner(dls, network_for(dls), cbs=callback, loss_func=nn.CrossEntropyLoss())
+    learn.remove_cb(learn.progress) if hasattr(learn, "progress") else None
+    with learn.no_logging(): learn.fit(1, 0.01)
+    assert callback.informed.mixers[0].mean == mean and mixer.mean is None and callback.mixer.mixers[0] is mixer
+    own = Mix(SaliencyMix(mean=(0.1,), std=(0.2,)), seed=0)
+    learn.remove_cb(callback)
+    with learn.no_logging(): learn.fit(1, 0.01, cbs=own)
+    assert own.informed.mean == (0.1,)
+    assert normalisation(loaders(indices())) is None and normalisation(None) is None
+
+
+def network_for(dls):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, dls.c))
+
+
+@pytest.mark.parametrize("kind", [Mix, *(partial(SUMix, clean=clean) for clean in CLEAN)])
+def test_after_off_after_nothing_is_mixed_and_the_loss_is_the_usual_one(kind):
+    callback, usual = kind(CutMix(per_sample=True), seed=0, off_after=0.5), []
+    class Usual(Callback):
+        order, run_valid = Mix.order - 1, False
+        def after_loss(self): usual.append((self.learn.xb[0].as_subclass(Tensor), self.learn.loss.detach().clone()))
+    learn, batches = fit(callback, epochs=4, cbs=[Usual()])
+    images = [batch.as_subclass(Tensor) for batch, _ in learn.dls.train]
+    assert len(batches) == 12 and all(mixed.lam.lt(1).any() for _, mixed, _ in batches[:6])
+    for i, ((seen, plain), (_, mixed, loss)) in enumerate(zip(usual[6:], batches[6:], strict=True)):
+        assert mixed.lam.eq(1).all() and torch.equal(seen, images[i % 3])
+        torch.testing.assert_close(loss, plain)
+    assert all(part.grad is not None for part in learn.model.parameters())
+    if isinstance(callback, SUMix):
+        assert all(part.grad.eq(0).all() for part in callback.uncertainty_head.parameters())
+    assert callback.history[-1][0].eq(1).all()
+
+
+def test_off_after_1_never_stops_and_0_never_starts():
+    _, batches = fit(Mix(CutMix(per_sample=True), seed=0, off_after=1.0), epochs=3)
+    assert all(mixed.lam.lt(1).any() for _, mixed, _ in batches)
+    _, batches = fit(SUMix(CutMix(per_sample=True), seed=0, off_after=0.0))
+    assert all(mixed.lam.eq(1).all() for _, mixed, _ in batches)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "none"])
+@pytest.mark.parametrize("method", ["mce", "sumix"])
+def test_every_mixer_has_a_recipe_that_trains_under_bf16(name, method):
+    recipe = Recipe(mixer=name, method=method, width=4, epochs=1, bs=16, limit=64, precision="bf16", per_sample=True)
+    learn = make_learner(recipe, device="cpu")
+    assert any(isinstance(cb, Autocast) for cb in learn.cbs)
+    record = train(recipe, learn=learn, progress=False)
+    assert torch.tensor(record["epochs"][0]["train_loss"]).isfinite()
+    callback = learn.mix if method == "mce" else learn.sumix
+    assert label_of(record["recipe"]).startswith(type(callback.mixer).__name__)

@@ -1,0 +1,338 @@
+"""Checks on the site as it is committed: links, no network, formulas, leftover markup, freshness, and the notebooks.
+
+Each check is a function from a folder to a list of problems, so that it can be shown to find them: see the second half.
+"""
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+MAX_NOTEBOOK_BYTES = 300_000
+
+spec = importlib.util.spec_from_file_location("build_docs", ROOT / "tools/build_docs.py")
+build_docs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build_docs)
+
+
+# ---------------------------------------------------------------- reading a page
+
+def is_external(address):
+    "Whether `address` names another host; a `data:` address asks nobody"
+    parts = urlsplit(address)
+    return bool(parts.scheme and parts.scheme != "data") or address.startswith("//")
+
+
+class Page(HTMLParser):
+    "What the checks need of one HTML page"
+
+    LOADING = {"src", "srcset", "poster", "data"}  # attributes whose address the browser fetches by itself
+    QUIET_RELS = {"canonical", "license", "next", "prev"}  # `<link>`s that it does not fetch
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loads, self.formulas = set(), [], [], []
+        self.styles, self.scripts, self.text = "", "", ""
+        self.inside = []  # the open elements that matter here
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = {name: value or "" for name, value in attributes}
+        self.ids.update(values[name] for name in ("id", "name") if name in values and tag != "meta")
+        self.loads += [values[name] for name in self.LOADING & values.keys() if not values[name].startswith("data:")]
+        self.styles += values.get("style", "") + "\n"
+        if tag == "a" and values.get("href"): self.links.append(values["href"])
+        if tag == "link" and values.get("rel") not in self.QUIET_RELS: self.loads.append(values.get("href", ""))
+        if tag == "span" and "math" in values.get("class", "").split():
+            self.inside.append("math")
+            self.formulas.append("")
+        elif tag in ("pre", "code", "script", "style"): self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.inside and (self.inside[-1] == tag or (self.inside[-1], tag) == ("math", "span")): self.inside.pop()
+
+    def handle_data(self, data):
+        where = self.inside[-1] if self.inside else "text"
+        if where == "text": self.text += data
+        elif where == "math": self.formulas[-1] += data
+        elif where == "style": self.styles += data
+        elif where == "script": self.scripts += data + "\n"
+
+
+def read_pages(docs):
+    "Every page of the site by its path"
+    return {path: Page(path) for path in sorted(docs.rglob("*.html"))}
+
+
+# ---------------------------------------------------------------- the checks
+
+CSS_ADDRESS = re.compile(r"url\(\s*(?:\"([^\"]*)\"|'([^']*)'|([^)\"']*))\s*\)|@import\s*[\"']([^\"']*)[\"']")
+JS_REQUEST = re.compile(r"(?:\b(?:fetch|import|importScripts|open)\s*\(|\bfrom\s|\bimport\s|\.src\s*=)\s*"
+                        r"(?:[\"'`]GET[\"'`]\s*,\s*)?[\"'`](?:https?:)?//[^\"'`]*")
+
+
+def css_addresses(css):
+    "What a style sheet loads"
+    found = ["".join(groups) for groups in CSS_ADDRESS.findall(css)]
+    return [address for address in found if not address.startswith(("data:", "#"))]
+
+
+def broken_links(docs):
+    "Links, loads and anchors inside the site that lead nowhere"
+    pages = read_pages(docs)
+    wanted = [(path, address) for path, page in pages.items()
+              for address in page.links + page.loads + css_addresses(page.styles)]
+    wanted += [(path, address) for path in sorted(docs.rglob("*.css"))
+               for address in css_addresses(path.read_text(encoding="utf-8"))]
+    problems = []
+    for path, address in wanted:
+        if is_external(address): continue
+        parts = urlsplit(address)
+        target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+        if target.is_dir(): target = target / "index.html"
+        anchor = unquote(parts.fragment)
+        if not target.is_file(): problems.append(f"{path.relative_to(docs)}: {address}: no such file")
+        elif parts.path.startswith("/"): problems.append(f"{path.relative_to(docs)}: {address}: not relative")
+        elif anchor and target in pages and anchor not in pages[target].ids:
+            problems.append(f"{path.relative_to(docs)}: {address}: no such anchor")
+    return problems
+
+
+def network_requests(docs):
+    "Whatever a browser would ask another host for"
+    problems = []
+    for path, page in read_pages(docs).items():
+        asked = [address for address in page.loads + css_addresses(page.styles) if is_external(address)]
+        asked += JS_REQUEST.findall(page.scripts)
+        problems += [f"{path.relative_to(docs)}: {address}" for address in asked]
+    for path in sorted(docs.rglob("*.css")):
+        asked = [address for address in css_addresses(path.read_text(encoding="utf-8")) if is_external(address)]
+        problems += [f"{path.relative_to(docs)}: {address}" for address in asked]
+    for path in sorted(docs.rglob("*.js")):
+        asked = JS_REQUEST.findall(path.read_text(encoding="utf-8"))
+        problems += [f"{path.relative_to(docs)}: {call}" for call in asked]
+    return problems
+
+
+def leftover_markup(docs):
+    "Markdown or TeX that reached the reader as it was typed"
+    markup = re.compile(
+        r":::|\$\$|\]\(|\\(?:begin|end|label|ref|eqref)\{|\{[#.][\w-]+|\{target=|@(?:eq|fig|tbl|sec)-\w+")
+    return [f"{path.relative_to(docs)}: {found}" for path, page in read_pages(docs).items()
+            for found in markup.findall(page.text)]
+
+
+PARSE_FORMULAS = """
+const katex = require(process.argv[1]);
+for (const [page, tex] of JSON.parse(require("fs").readFileSync(0))) {
+  try { katex.renderToString(tex.slice(2, -2), {displayMode: tex[1] === "[", strict: "ignore"}); }
+  catch (error) { console.log(page + ": " + tex + ": " + error.message); }
+}
+"""
+
+
+def bad_formulas(docs, katex=ROOT / "tools/vendor/katex/katex.min.js"):
+    "Formulas that KaTeX cannot parse"
+    formulas = [(str(path.relative_to(docs)), tex.strip())
+                for path, page in read_pages(docs).items() for tex in page.formulas]
+    done = subprocess.run(["node", "-e", PARSE_FORMULAS, str(katex)], input=json.dumps(formulas),
+                          text=True, capture_output=True, check=True)
+    return done.stdout.splitlines()
+
+
+def machine_text(text):
+    "Paths, addresses and warnings in `text` that come from one machine"
+    text = build_docs.DATA_URI.sub("", text)
+    return sorted(set(build_docs.MACHINE.findall(text)) | set(re.findall(r"\b[A-Z]\w*Warning:", text)))
+
+
+def machine_traces(docs):
+    "Pages, and the search index, that show text from the machine that built them"
+    return [f"{path.relative_to(docs)}: {found}" for path in sorted([*docs.rglob("*.html"), *docs.rglob("*.json")])
+            for found in machine_text(path.read_text(encoding="utf-8"))]
+
+
+def notebook_problems(folder):
+    "Notebooks that are too large, or hold machine paths, warnings or errors"
+    problems = []
+    for path in sorted(folder.rglob("*.ipynb")):
+        if any(part.startswith((".", "_")) for part in path.relative_to(folder).parts): continue
+        name, size = path.relative_to(folder), path.stat().st_size
+        if size > MAX_NOTEBOOK_BYTES: problems.append(f"{name}: {size} bytes, more than {MAX_NOTEBOOK_BYTES}")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            outputs = cell.get("outputs", [])
+            shown = [cell["source"]] + [output.get("text", "") for output in outputs]
+            shown += [value for output in outputs for kind, value in output.get("data", {}).items()
+                      if not kind.startswith("image/")]
+            for text in shown:
+                text = "".join(text) if isinstance(text, list) else str(text)
+                problems += [f"{name}: {found}" for found in machine_text(text)]
+            problems += [f"{name}: output on stderr" for output in outputs if output.get("name") == "stderr"]
+            problems += [f"{name}: saved {output['ename']}" for output in outputs if output["output_type"] == "error"]
+    return problems
+
+
+def broken_readme_links(root):
+    "Links and figures of the README that are no files of the repository"
+    text = re.sub(r"```.*?```", "", (root / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    addresses = re.findall(r"\]\(<?([^)\s>]+)", text) + re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    return [address for address in addresses if not is_external(address) and not address.startswith(("#", "data:"))
+            and not (root / unquote(urlsplit(address).path)).is_file()]
+
+
+def unlisted_notebooks(nbs, docs):
+    "Notebooks without a page, or without a link to it in the sidebar of the home page"
+    home = Page(docs / "index.html")
+    linked = {(docs / unquote(urlsplit(address).path)).resolve() for address in home.links if not is_external(address)}
+    pages = {path.relative_to(nbs): docs / path.relative_to(nbs).parent / re.sub(r"^\d+\w*?_", "", f"{path.stem}.html")
+             for path in sorted(nbs.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
+    return [str(source) for source, page in pages.items() if not page.is_file() or page.resolve() not in linked]
+
+
+# ---------------------------------------------------------------- the site as it is
+
+@pytest.fixture
+def docs():
+    assert (DOCS / "index.html").is_file(), "docs/ is not built: python tools/build_docs.py"
+    return DOCS
+
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs KaTeX")
+
+
+def test_docs_are_up_to_date(): assert build_docs.stale() == []
+
+
+@pytest.mark.parametrize("check", [broken_links, network_requests, leftover_markup, machine_traces,
+                                   pytest.param(bad_formulas, marks=needs_node)])
+def test_site(docs, check): assert check(docs) == []
+
+
+def test_site_has_formulas(docs): assert any(page.formulas for page in read_pages(docs).values())
+
+
+def test_every_notebook_is_listed(docs): assert unlisted_notebooks(ROOT / "nbs", docs) == []
+
+
+def test_readme_links(): assert broken_readme_links(ROOT) == []
+
+
+def test_readme_shows_nothing_of_this_machine():
+    assert machine_text((ROOT / "README.md").read_text(encoding="utf-8")) == []
+
+
+def test_notebooks(): assert notebook_problems(ROOT / "nbs") == []
+
+
+# ---------------------------------------------------------------- the checks find what they are for
+
+GOOD = r"""<link rel="canonical" href="https://example.org/"><link rel="stylesheet" href="style.css">
+<h2 id="top">Top</h2> <a href="#top">here</a> <a href="https://example.org/a">out</a>
+<img src="data:image/png;base64,AA==">
+<p>Code <code>a](b) $$ :::</code> and <span class="math inline">\(\tilde\lambda\)</span></p>
+<script>fetch("search.json"); const help = "https://example.org";</script>"""
+
+
+def make_site(folder, page, css="p { background: url(data:image/svg+xml,https://example.org) }"):
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    (folder / "style.css").write_text(css, encoding="utf-8")
+    return folder
+
+
+# Put together here, so that the repository itself holds no such path
+SCRATCH, PACKAGES = "/".join(("", "tmp", "x")), "-".join(("site", "packages"))
+
+FAULTS = [
+    (broken_links, '<a href="missing.html">x</a>', "no such file"),
+    (broken_links, '<a href="#nowhere">x</a>', "no such anchor"),
+    (broken_links, '<a href="index.html#nowhere">x</a>', "no such anchor"),
+    (broken_links, '<img src="missing.png">', "no such file"),
+    (broken_links, '<p style="background: url(missing.png)">', "no such file"),
+    (network_requests, '<script src="https://cdn.example.org/x.js"></script>', "cdn.example.org"),
+    (network_requests, '<img src="//cdn.example.org/x.png">', "cdn.example.org"),
+    (network_requests, '<link rel="preconnect" href="https://cdn.example.org">', "cdn.example.org"),
+    (network_requests, '<style>@import "https://fonts.example.org/f.css";</style>', "fonts.example.org"),
+    (network_requests, '<style>p { background: url(https://fonts.example.org/f) }</style>', "fonts.example.org"),
+    (network_requests, '<script>fetch("https://api.example.org")</script>', "api.example.org"),
+    (network_requests, '<script>import x from "https://api.example.org/x.mjs"</script>', "api.example.org"),
+    (leftover_markup, "<p>::: {.callout-note}</p>", ":::"),
+    (leftover_markup, "<p>$$ x</p>", "$$"),
+    (leftover_markup, r"<p>\begin{align} x \end{align}</p>", r"\begin{"),
+    (leftover_markup, "<h2>Title {#sec-title}</h2>", "{#sec-title"),
+    (leftover_markup, "<p>see @eq-ratio</p>", "@eq-ratio"),
+    (leftover_markup, "<p>a [link](page.ipynb)</p>", "]("),
+    (machine_traces, f"<pre>{SCRATCH}/file.py:3: UserWarning: old</pre>", f"{SCRATCH}/file.py"),
+    (machine_traces, "<pre>UserWarning: old</pre>", "UserWarning:"),
+    (machine_traces, f"<pre>lib/python3.11/{PACKAGES}/torch</pre>", PACKAGES),
+    (machine_traces, "<pre>&lt;object at 0x7f3a5c0b1d90></pre>", "0x7f3a5c0b1d90"),
+    pytest.param(bad_formulas, r'<span class="math inline">\(\nosuchmacro\)</span>', "nosuchmacro", marks=needs_node),
+    pytest.param(bad_formulas, r'<span class="math display">\[\frac{1}{\]</span>', "frac", marks=needs_node),
+]
+
+
+@pytest.mark.parametrize("check, fault, message", FAULTS)
+def test_fault_is_found(tmp_path, check, fault, message):
+    assert check(make_site(tmp_path, GOOD)) == []
+    problems = check(make_site(tmp_path, GOOD + fault))
+    assert len(problems) >= 1 and message in problems[0]
+
+
+@pytest.mark.parametrize("css", [
+    "@import url(https://fonts.example.org/css?a;b);", "a { src: url('//fonts.example.org') }"])
+def test_network_request_of_a_style_sheet_is_found(tmp_path, css):
+    assert "fonts.example.org" in network_requests(make_site(tmp_path, GOOD, css))[0]
+
+
+def test_unlisted_notebook_is_found(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    for name in ("index", "10_listed", "20_hidden"): (tmp_path / f"nbs/{name}.ipynb").write_text("{}", encoding="utf-8")
+    make_site(tmp_path, GOOD + '<a href="index.html">Home</a><a href="listed.html">Listed</a>')
+    for name in ("listed", "hidden"): (tmp_path / f"{name}.html").write_text("", encoding="utf-8")
+    assert unlisted_notebooks(tmp_path / "nbs", tmp_path) == ["20_hidden.ipynb"]
+
+
+@pytest.mark.parametrize("output, message", [
+    ({"output_type": "stream", "name": "stdout", "text": ["/home/me/data"]}, "/home/me/data"),
+    ({"output_type": "stream", "name": "stderr", "text": ["progress"]}, "stderr"),
+    ({"output_type": "execute_result", "data": {"text/plain": ["<Net at 0x7f3a5c0b1d90>"]}}, "0x7f3a5c0b1d90"),
+    ({"output_type": "error", "ename": "NameError", "traceback": []}, "NameError"),
+    ({"output_type": "display_data", "data": {"image/png": "A" * MAX_NOTEBOOK_BYTES}}, "more than"),
+])
+def test_notebook_problem_is_found(tmp_path, output, message):
+    cell = {"cell_type": "code", "source": ["print(1)"], "outputs": []}
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}), encoding="utf-8")
+    assert notebook_problems(tmp_path) == []
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [{**cell, "outputs": [output]}]}), encoding="utf-8")
+    assert len(problems := notebook_problems(tmp_path)) == 1 and message in problems[0]
+
+
+def test_broken_readme_link_is_found(tmp_path):
+    text = "[good](README.md#part) [out](https://example.org) [gone](nbs/gone.ipynb) ![gone](docs/gone.png)"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert broken_readme_links(tmp_path) == ["nbs/gone.ipynb", "docs/gone.png"]
+
+
+def test_stale_files_are_named(tmp_path):
+    files = ["nbs/a.ipynb", "nbs/deep/b.ipynb", "nbs/_quarto.yml", "nbs/styles.css", "tools/build_docs.py",
+             "tools/vendor/katex/katex.min.js", "README.md", "docs/index.html"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("as built", encoding="utf-8")
+    assert "never built" in build_docs.stale(tmp_path)[0]
+    build_docs.write_record(tmp_path, tmp_path)
+    assert build_docs.stale(tmp_path) == []
+    for name in files:
+        (tmp_path / name).write_text("edited", encoding="utf-8")
+        assert [line.partition(":")[0] for line in build_docs.stale(tmp_path)] == [name]
+        (tmp_path / name).write_text("as built", encoding="utf-8")
+    (tmp_path / "nbs/new.ipynb").write_text("", encoding="utf-8")
+    (tmp_path / "nbs/deep/b.ipynb").unlink()
+    (tmp_path / "nbs/nbdev.yml").write_text("made by nbdev", encoding="utf-8")
+    assert build_docs.stale(tmp_path) == ["nbs/deep/b.ipynb: missing", "nbs/new.ipynb: new since the build"]

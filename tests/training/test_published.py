@@ -1,0 +1,134 @@
+"The published recipes: each against the table of sources, and each trained for two steps at a reduced size"
+import csv
+
+import pytest
+import torch
+
+from sumix_nb.training.published import FIGURES, ORDER, PUBLISHED, SETUPS, Published, changed, find_recipe
+from sumix_nb.training.published import published_table
+from sumix_nb.training.recipe import MIXERS, Recipe
+from sumix_nb.training.train import make_learner, train
+from tests.conftest import GOLDEN
+
+SPEC = GOLDEN.parent / "spec"
+NAMES = {"CIFAR-100": "cifar100", "Tiny-ImageNet": "tiny_imagenet", "ImageNet-1K": "imagenet", "CUB-200": "cub200",
+         "FGVC-Aircraft": "aircraft", "ResNet18": "resnet18", "ResNeXt50": "resnext50", "WRN-28-8": "wrn28_8",
+         "DeiT-S": "deit_small", "Swin-T": "swin_tiny"}
+RUNNABLE = [name for name, row in PUBLISHED.items() if row.mixer in MIXERS]
+SIZES = {"resnet18": (4, 32), "resnext50": (16, 32), "wrn28_8": (4, 16), "deit_small": (64, 32), "swin_tiny": (32, 32)}
+
+
+def table(file_name):
+    "Rows of a file of the specification, by the name of the recipe"
+    if not (SPEC / file_name).is_file(): pytest.skip(f"needs {file_name} beside the golden folder")
+    with open(SPEC / file_name, newline="") as file: rows = list(csv.DictReader(file))
+    def name(row):
+        parts = NAMES[row["dataset"]], NAMES[row["network"]], row["method"].lower()
+        return "-".join(parts) + "-sumix" * (row["sumix"] == "true")
+    return [(name(row), row) for row in rows if row["network"] in NAMES and row["dataset"] in NAMES]
+
+
+def test_every_field_is_that_of_the_specification():
+    rows = dict(table("recipes.csv"))
+    assert rows.keys() == PUBLISHED.keys()
+    for name, row in rows.items():
+        ours, published = PUBLISHED[name].settings, PUBLISHED[name]
+        assert (published.table, published.status) == (row["table"], row["status"]), name
+        assert published.config == row["config_path"].removeprefix("configs/classification/"), name
+        numbers = {"batch_size": "bs", "epochs": "epochs", "lr": "lr", "weight_decay": "weight_decay",
+                   "mix_alpha": "alpha", "grad_clip": "clip", "min_lr": "min_lr", "label_smoothing": "smoothing"}
+        for theirs, field in numbers.items():
+            assert float(row[theirs] or 0) == ours.get(field, 0), (name, theirs)
+        if row["xi"]: assert float(row["xi"]) == ours["xi"], name
+        size = {"crop": 32, "tiny_imagenet": 64}.get(ours["view"], 224)
+        assert int(row["input_size"]) == size == ours.get("size", size), name
+        assert (row["pretrained"] != "no") == ours.get("pretrained", False), name
+        assert (row["drop_last"] == "true") == ours["drop_last"], name
+        adamw = row["optimizer"] == "AdamW"
+        assert adamw == (ours.get("optimizer") == "adamw") == ours.get("spare_norms", False), name
+        assert row["lr_schedule"] == {"cosine_epoch": "cosine per epoch", "cosine_step": "cosine per iteration"}[
+            ours["schedule"]], name
+        assert (20.0 if row["warmup"].startswith("20 epochs") else 0) == ours.get("warmup", 0), name
+        assert row["norm"].startswith("0.4914" if ours.get("stats") == "cifar" else "0.485"), name
+        if "bilinear" in row["mixer_args"] and published.mixer == "resizemix":
+            assert ours["mixer_options"] == {"mode": "bilinear"}, name
+        words = row["report_rule"].split()
+        if words[0] in ("median", "best"): assert published.rule == (words[0], int(words[3])), name
+
+
+def test_every_figure_is_that_of_the_poster():
+    figures = {name: float(row["value"]) for name, row in table("paper_tables.csv") if row["metric"] == "top1"}
+    assert figures == {name: row.figure for name, row in PUBLISHED.items()}
+
+
+def test_views_match_the_augmentation_in_words():
+    words = {"crop": "RandomCrop32", "tiny_imagenet": "RandomResizedCrop64 scale(0.08,1) bicubic",
+             "imagenet": "RandomResizedCrop224 scale(0.08,1) bicubic",
+             "fine_grained": "Resize256; RandomResizedCrop224 scale(0.5,1); HFlip",
+             "deit": "RandAug n2 m9 std0.5; RandomErasing 0.25", "swin": "RandAug n2 m7 std0.5"}
+    for name, row in table("recipes.csv"): assert words[PUBLISHED[name].settings["view"]] in row["train_aug"], name
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_two_steps_at_a_reduced_size_are_finite_and_change_the_weights(name):
+    row = PUBLISHED[name]
+    width, size = SIZES[row.settings["model"]]
+    view = row.settings["view"]
+    recipe = row.recipe(data="digits", width=width, size=size, epochs=1, bs=8, limit=16, pretrained=False, view=view)
+    learn = make_learner(recipe, device="cpu", workers=0)
+    before = {key: value.clone() for key, value in learn.model.state_dict().items() if value.is_floating_point()}
+    record = train(recipe, progress=False, learn=learn)
+    after = learn.model.state_dict()
+    assert len(learn.recorder.losses) == 2 and torch.tensor(record["epochs"][0]["train_loss"]).isfinite()
+    assert all(after[key].isfinite().all() for key in before)
+    trained = {key for key, _ in learn.model.named_parameters()}
+    still = {key for key in before if key in trained and torch.equal(before[key], after[key])}
+    assert len(still) <= 0.1 * len(trained), still
+    assert any("uncertainty" in key for key in trained - still) == name.endswith("-sumix")
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_recipe_cut_to_fewer_images_than_its_batch_is_trained(setup):
+    row = PUBLISHED[f"{setup}-cutmix-sumix"]
+    width, size = SIZES[row.settings["model"]]
+    recipe = row.recipe(data="digits", width=width, size=size, epochs=1, limit=20, pretrained=False)
+    learn = make_learner(recipe, device="cpu", workers=0)
+    record = train(recipe, progress=False, learn=learn)
+    assert torch.tensor(record["epochs"][0]["train_loss"]).isfinite()
+    assert [len(lam) for lam in learn.sumix.shares(1)] == [min(20, recipe.bs)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", SETUPS)
+def test_one_step_of_the_full_network(setup):
+    row = PUBLISHED[f"{setup}-cutmix-sumix"]
+    size = row.settings.get("size") or {"crop": 32, "tiny_imagenet": 64}.get(row.settings["view"], 224)
+    recipe = row.recipe(data="digits", size=size, epochs=1, bs=2, limit=10, pretrained=False)
+    learn = make_learner(recipe, device="cpu", workers=0)
+    batch = learn.dls.train.one_batch()
+    learn.dls.train.get_idxs = lambda: [0, 1]
+    before = [parameter.clone() for parameter in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, recipe.lr)
+    assert batch[0].shape == (2, 3, size, size) and torch.tensor(float(learn.recorder.losses[0])).isfinite()
+    changes = [not torch.equal(old, new) for old, new in zip(before, learn.model.parameters(), strict=True)]
+    assert sum(changes) > 0.9 * len(changes)
+
+
+def test_rows_are_found_by_name_and_suggested_by_nearest():
+    assert find_recipe("imagenet-resnet18-fmix").recipe() == PUBLISHED["imagenet-resnet18-fmix"].recipe()
+    with pytest.raises(ValueError, match="cifar100-swin_tiny-cutmix"): find_recipe("cifar100-swin-cutmix")
+    with pytest.raises(ValueError, match="`recipe` must be one of 106"): find_recipe(7)
+    assert isinstance(find_recipe("cub200-resnet18-cutmix"), Published) and set(FIGURES) == set(SETUPS)
+
+
+def test_a_shortened_warmup_keeps_its_share():
+    recipe = find_recipe("cifar100-deit_small-fmix-sumix").recipe()
+    assert (recipe.epochs, recipe.warmup) == (200, 20.0)
+    assert changed(recipe, epochs=10).warmup == 1.0 and changed(recipe, epochs=10, warmup=0.5).warmup == 0.5
+    assert changed(Recipe(epochs=4), epochs=2) == Recipe(epochs=2)
+
+
+def test_what_cannot_be_run_says_so():
+    for mixer in ORDER[4:]:
+        with pytest.raises(ValueError, match=f"no `mixer` '{mixer}'"): PUBLISHED[f"cifar100-resnet18-{mixer}"].recipe()
+    assert published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).endswith("| 82.04 | cannot be run |  |  | 0 |")
