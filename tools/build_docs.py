@@ -8,6 +8,7 @@ makes the pages from the same `nbs/_quarto.yml` that `nbdev-docs` would read. Ka
 Everything is built in a temporary folder: a build that fails changes nothing in the checkout.
 """
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -60,8 +61,8 @@ def page_sources(root):
 
 def source_files(root):
     "Every file that the site and the README are made of"
-    vendored = [path for path in sorted((root / "tools/vendor").rglob("*")) if path.is_file()]
-    return [*page_sources(root), root / "tools/build_docs.py", *vendored]
+    ours = [path for folder in ("site", "vendor") for path in sorted((root / "tools" / folder).rglob("*"))]
+    return [*page_sources(root), root / "tools/build_docs.py", *filter(Path.is_file, ours)]
 
 
 def built_files(root):
@@ -139,39 +140,112 @@ SHOW_DOC = re.compile(
     r"(?P<signature>```python\n.*?\n```)(?:\n\n\*(?P<docstring>.*)\*)?\s*", re.DOTALL)
 
 
-def tidy_show_doc(markdown):
-    "The entry of one symbol as (name, Markdown that renders right), or None if `markdown` is no such entry"
+def anchor(name):
+    "Id of the entry of a symbol: no heading of prose has such a one"
+    return f"def-{name}"
+
+
+def read_entry(markdown):
+    "The entry of one symbol as nbdev writes it, as (name, its Markdown without the signature, the rest), or None"
     entry = SHOW_DOC.fullmatch(markdown)
     if entry is None: return None
     name, source = entry["name"].replace("\\", ""), entry["source"]
-    # Without a repository address a link to our own source leads nowhere; the source is on the page (`#| exports`)
+    # Without a repository address a link to our own source leads nowhere
     link = f"[source]({source}){{.api-source}}\n\n" if source and SCHEME.match(source) else ""
-    heading = f"{entry['level']} `{name}` {{#{name.lower()}}}"  # as code: `__len__` is a name, not bold print
+    heading = f"{link}{entry['level']} `{name}` {{#{anchor(name)}}}"  # as code: `__len__` is a name, not bold print
     docstring = f"\n\n{entry['docstring']}" if entry["docstring"] else ""  # not between asterisks: it may hold some
-    return name, f":::: {{.api}}\n\n{link}{heading}\n\n{entry['signature']}{docstring}\n\n::::\n"
+    return name, heading, f"\n\n{entry['signature']}{docstring}"
+
+
+def entry_of(cell):
+    "The output of a cell that shows one symbol, and what `read_entry` says of it, or None"
+    for output in cell.get("outputs", ()):
+        markdown = output.get("data", {}).get("text/markdown")
+        found = read_entry("".join(markdown)) if markdown else None
+        if found is not None: return output, found
+    return None
+
+
+EXPORTS = re.compile(r"^#\|\s*exports\b", re.MULTILINE)  # nbdev writes the directive of such a cell as an option
+FOLDING = re.compile(r"^#\|\s*(code-fold|code-summary)\b.*\n", re.MULTILINE)
+
+
+def full_name(node):
+    "Name of a function or class as its entry has it: a function that is patched into a class has the name of a method"
+    if isinstance(node, ast.FunctionDef) and "patch" in map(ast.unparse, node.decorator_list):
+        return f"{ast.unparse(node.args.args[0].annotation)}.{node.name}"
+    return node.name
+
+
+def parts_of(source):
+    "A cell cut before each function and class, as pairs of its name (None where there is none) and text"
+    lines, nodes = source.split("\n"), ast.parse(source).body
+    nodes = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    if not nodes: return [(None, source)]
+    starts = [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1 for node in nodes]
+    ends = [*starts[1:], len(lines)]
+    starts[0] = 0  # what stands before the first belongs to it
+    return [(full_name(node), "\n".join(lines[start:end]).strip("\n"))
+            for node, start, end in zip(nodes, starts, ends)]
+
+
+def each_definition_once(cells):
+    "Cells in which a definition that the page shows is its own entry: a heading and the source, without a signature"
+    entries = {found[1][0]: (cell, found[1][1]) for cell in cells if (found := entry_of(cell))}
+    shown, told = [], []
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or not EXPORTS.search(source):
+            shown.append(cell)
+            continue
+        lines = FOLDING.sub("", source).split("\n")
+        options = "".join(line + "\n" for line in lines if line.startswith("#|"))
+        parts = parts_of("\n".join(line for line in lines if not line.startswith("#|")))
+        for name, text in parts:
+            if name in entries:
+                entry, heading = entries[name]
+                told.append(entry)
+                shown.append({"cell_type": "markdown", "metadata": {}, "source": heading})
+            last = text is parts[-1][1]
+            shown.append({**cell, "source": options + text, "outputs": cell["outputs"] if last else []})
+    return [cell for cell in shown if not any(cell is entry for entry in told)]
 
 
 # nbdev links backticks inside the text of a link too: [the [`name`](/page.html#name) of it](where the author points)
 LINK_IN_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^()\s]*\)([^\[\]]*)\](?=\()")
 
+IMAGE = ("image/png", "image/jpeg", "image/svg+xml")
+MARKS = re.compile(r"\$[^$]*\$|[*`_#>]|\[([^\]]*)\]\([^)]*\)")
+
+
+def with_alt_text(cells):
+    "Give each picture without a description the sentence before it, which says what to notice"
+    said = ["A figure"]
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            said = [part for part in source.split("\n\n") if part.strip() and part[0] not in "#|:"][-1:] or said
+        elif any(kind in output.get("data", {}) for output in cell.get("outputs", ()) for kind in IMAGE):
+            text = " ".join(MARKS.sub(r"\1", said[0]).split()).rstrip(":")[:300]
+            if "fig-alt:" not in source: cell["source"] = f"#| fig-alt: {json.dumps(text)}\n{source}"
+
 
 def tidy(path):
     "Prepare a processed notebook for smalldocs, in place; the names that it documents"
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    names = set()
+    names = {found[1][0] for cell in notebook["cells"] if (found := entry_of(cell))}
+    notebook["cells"] = each_definition_once(notebook["cells"])
+    with_alt_text(notebook["cells"])
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown": cell["source"] = LINK_IN_LINK.sub(r"[\1\2\3]", "".join(cell["source"]))
         if cell["cell_type"] != "code": continue
         if "execution" in cell["metadata"]:  # an import that nbdev ran again: what it logs depends on the machine
             cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
-        for output in cell["outputs"]:
-            markdown = output.get("data", {}).get("text/markdown")
-            entry = tidy_show_doc("".join(markdown)) if markdown else None
-            if entry is None: continue
-            names.add(entry[0].lower())
-            output["data"]["text/markdown"] = entry[1]
+        if found := entry_of(cell):  # a definition that the page does not show: its heading, signature and docstring
+            output, (_, heading, rest) = found
+            output["data"]["text/markdown"] = f":::: {{.api}}\n\n{heading}{rest}\n\n::::\n"
     path.write_text(json.dumps(notebook), encoding="utf-8")
-    return names
+    return {name.lower(): name for name in names}
 
 
 # ---------------------------------------------------------------- smalldocs: pages
@@ -181,7 +255,7 @@ class NotebookSite(Site):
 
     def __init__(self, project, documented):
         super().__init__(project, quiet=True)
-        self.documented = documented  # {source: names with an entry on its page}
+        self.documented = documented  # {source: {name in lower case: name} of the entries on its page}
 
     def read(self, src):
         "Read a page, and name its output as nbdev does"
@@ -199,9 +273,9 @@ class NotebookSite(Site):
         if href.startswith("/") and "#" in href:
             path, _, name = href.partition("#")
             target = self.find_page(PurePosixPath(path.lstrip("/")))
-            documented = self.documented.get(target.src, set()) if target else set()
-            while name and name not in documented: name = name.rpartition(".")[0]  # a method has its class's entry
-            href = f"{path}#{name}" if name else path
+            documented = self.documented.get(target.src, {}) if target else {}
+            while name and name.lower() not in documented: name = name.rpartition(".")[0]  # a method: its class's entry
+            href = f"{path}#{anchor(documented[name.lower()])}" if name else path
         return super().resolve(href, page, record)
 
     def llms_link(self, href, page):
@@ -223,15 +297,38 @@ def drop_empty_sections(site):
         or any(glob_match(source, pattern) for source in sources for pattern in as_list(entry["contents"]))]
 
 
+SKIP_LINK = '<a class="skip-link" href="#quarto-document-content">Skip to the content</a>'
+
+
+def finish_page(page, up):
+    "A page with the vendored KaTeX and our own search, a link that skips the menus, and toggles that Tab reaches"
+    page = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)?", f"{up}site_libs/katex/", page)
+    page = page.replace("site_libs/fuse/fuse.min.js", "site_libs/search.js")
+    page = re.sub(r"(<body[^>]*>)", rf"\1\n{SKIP_LINK}", page, count=1)
+    toggle = re.compile(r'(<a class="sidebar-item-toggle[^>]*) role="navigation"')
+    return toggle.sub(r'\1 role="button" tabindex="0"', page)
+
+
+def plain_search(entries):
+    "The entries of the search without LaTeX's marks"
+    for entry in entries:
+        text = re.sub(r"\\(?:tilde|hat)\s*\{?\\?(\w+)\}?", r"\1~", entry["text"])
+        entry["text"] = " ".join(re.sub(r"\\(?:\w+|[()\[\],;!])|[{}$^]", " ", text).split())
+    return entries
+
+
 def make_offline(docs):
     "Point the pages at the vendored KaTeX, and drop what would ask the network or change from build to build"
     libs = docs / "site_libs"
     shutil.copytree(ROOT / "tools/vendor/katex", libs / "katex")
-    katex_cdn = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)?")
+    shutil.rmtree(libs / "fuse")
+    shutil.copy(ROOT / "tools/site/search.js", libs)
     for path in sorted(docs.rglob("*.html")):
         up = "../" * (len(path.relative_to(docs).parts) - 1)
-        page = path.read_text(encoding="utf-8")
-        path.write_text(katex_cdn.sub(f"{up}site_libs/katex/", page), encoding="utf-8")
+        path.write_text(finish_page(path.read_text(encoding="utf-8"), up), encoding="utf-8")
+    search = docs / "search.json"
+    search.write_text(json.dumps(plain_search(json.loads(search.read_text(encoding="utf-8"))), ensure_ascii=False),
+                      encoding="utf-8")
     web_font = re.compile(r"@import\s*(?:url\([\"']?https?:[^)]*\)|\"https?:[^\"]*\"|'https?:[^']*')[^;]*;")
     other_formats = re.compile(r",url\(fonts/KaTeX_[\w-]+\.(?:woff|ttf)\) format\(\"\w+\"\)")  # woff2 is enough
     for path in sorted(docs.rglob("*.css")):

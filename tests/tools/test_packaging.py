@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from importlib.metadata import distribution, entry_points
 
 import pytest
+from packaging.version import Version
 
 import sumix_nb
 from tests.conftest import ROOT
@@ -30,7 +31,7 @@ def test_settings_pyproject_and_package_agree():
     assert ini["version"] == sumix_nb.__version__
     assert set(project) == {"name", "dynamic"}, "all other metadata is written in settings.ini"
     assert "nbdev==3.3.26" in ini["dev_requirements"].split()
-    assert {"dev", "models", "eval", "dist", "grid", "track", "corrupt"} == {
+    assert {"dev", "models", "eval", "dist", "grid", "track"} == {
         key.removesuffix("_requirements") for key in ini if key.endswith("_requirements")}
     assert f"version: {ini['version']}\n" in (ROOT / "CITATION.cff").read_text()
 
@@ -81,8 +82,23 @@ def test_every_public_name_exists_and_is_documented(name):
         if callable(value): assert value.__doc__, f"{name}.{public} has no docstring"
 
 
-def test_version_of_package_is_not_written_by_hand_elsewhere():
-    assert (ROOT / "sumix_nb" / "__init__.py").read_text() == f'__version__ = "{settings()["version"]}"\n'
+def test_the_oldest_versions_allowed_have_no_known_hole_in_what_we_rely_on():
+    oldest = dict(line.split(">=") for line in settings()["requirements"].split())
+    for name, least in {"torch": "2.10", "filelock": "3.20.1", "pillow": "10.0.1"}.items():
+        assert Version(oldest[name]) >= Version(least), name
+
+
+def test_workflows_name_actions_by_their_hash():
+    used = re.findall(r"uses: (\S+)", (ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used), used
+
+
+def test_public_names_come_from_the_package_and_nothing_is_loaded_before_its_use():
+    for name in sumix_nb.__all__: assert getattr(sumix_nb, name) is not None
+    assert set(sumix_nb.__all__) <= set(dir(sumix_nb))
+    with pytest.raises(AttributeError, match="no attribute 'SuMix'"): sumix_nb.SuMix  # noqa: B018
+    code = "import sys, sumix_nb; import sumix_nb.sumix.loss; sumix_nb.CutMix; print('fastai' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_code_of_the_readme_runs_as_it_stands(tmp_path):
