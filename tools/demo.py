@@ -1,4 +1,5 @@
 """Three short runs (plain, CutMix, CutMix + SUMix) with one seed, a table, and a figure: what `make demo` does"""
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def main(
         print(f"\n{label_of({'mixer': mixer, 'method': method})}")
         try: learn = make_learner(current, data_dir)
         except (ValueError, OSError) as error: raise SystemExit(f"demo: {error}") from None
-        records.append(train(current, folder=out, learn=learn))
+        records.append(train(current, folder=out, learn=learn, progress=sys.stdout.isatty()))
     figure = plt.figure(figsize=(8, 5), layout="constrained")
     strip, curves = figure.subfigures(2, 1, height_ratios=(1, 1.7))
     learn.sumix.show_mixed(6, strip.subplots(1, 6))
