@@ -297,6 +297,8 @@ def drop_empty_sections(site):
         or any(glob_match(source, pattern) for source in sources for pattern in as_list(entry["contents"]))]
 
 
+# What may be wider than the page and scrolls within itself: Tab must reach it
+SCROLLS = re.compile(r'<(pre|div|span)((?<=pre)>|(?<=pre) class=| class="(?:sd-table|cell-output|math display)\b)')
 SKIP_LINK = '<a class="skip-link" href="#quarto-document-content">Skip to the content</a>'
 
 
@@ -306,7 +308,8 @@ def finish_page(page, up):
     page = page.replace("site_libs/fuse/fuse.min.js", "site_libs/search.js")
     page = re.sub(r"(<body[^>]*>)", rf"\1\n{SKIP_LINK}", page, count=1)
     toggle = re.compile(r'(<a class="sidebar-item-toggle[^>]*) role="navigation"')
-    return toggle.sub(r'\1 role="button" tabindex="0"', page)
+    page = toggle.sub(r'\1 role="button" tabindex="0"', page)
+    return SCROLLS.sub(r'<\1 tabindex="0"\2', page)
 
 
 def plain_search(entries):
