@@ -329,6 +329,10 @@ def make_offline(docs):
     for path in sorted(docs.rglob("*.html")):
         up = "../" * (len(path.relative_to(docs).parts) - 1)
         path.write_text(finish_page(path.read_text(encoding="utf-8"), up), encoding="utf-8")
+    for path in sorted(docs.rglob("*.llms.md")):  # copies for machines that read: text without pictures
+        text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
+    for folder in sorted(docs.rglob("*_files")): shutil.rmtree(folder)
     search = docs / "search.json"
     search.write_text(json.dumps(plain_search(json.loads(search.read_text(encoding="utf-8"))), ensure_ascii=False),
                       encoding="utf-8")
