@@ -14,7 +14,7 @@ from sumix_nb.mixers.saliency import fine_grained_saliency, most_salient
 from sumix_nb.sumix.ratio import mix_ratio, released_distance
 from tests.conftest import Cases
 
-EXCERPT = Path(__file__).parent / "data" / "sumix_loss_excerpt.npz"
+EXCERPT = Path(__file__).parent / "sumix" / "sumix_loss_excerpt.npz"
 LEAVES = ("cls_mix", "cls_one", "unc_mix_pre", "unc_one_pre")
 
 
