@@ -393,7 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sumix_nb.models.tap.named_linears': ('models/tap.html#named_linears', 'sumix_nb/models/tap.py'),
                                      'sumix_nb.models.tap.unwrap': ('models/tap.html#unwrap', 'sumix_nb/models/tap.py')},
             'sumix_nb.pictures': { 'sumix_nb.pictures.example_batch': ('support/pictures.html#example_batch', 'sumix_nb/pictures.py'),
-                                   'sumix_nb.pictures.photographs': ('support/pictures.html#photographs', 'sumix_nb/pictures.py'),
+                                   'sumix_nb.pictures.figures_as': ('support/pictures.html#figures_as', 'sumix_nb/pictures.py'),
                                    'sumix_nb.pictures.show_images': ('support/pictures.html#show_images', 'sumix_nb/pictures.py')},
             'sumix_nb.running.grid': { 'sumix_nb.running.grid.Board': ('running/grid.html#board', 'sumix_nb/running/grid.py'),
                                        'sumix_nb.running.grid.Board.__init__': ( 'running/grid.html#board.__init__',
