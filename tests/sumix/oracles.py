@@ -3,6 +3,8 @@ import math
 
 import torch
 
+from sumix_nb.mixers.mixed import Mixed
+
 
 def softmax(values):
     "Softmax of a list of numbers or 0-d tensors, one by one"
@@ -48,3 +50,20 @@ def repeated_loss(loss_func, logits, target_a, target_b, eighths):
         rows += [logits[i]] * 8
         labels += [target_a[i]] * count + [target_b[i]] * (8 - count)
     return loss_func(torch.stack(rows), torch.stack(labels))
+
+
+def released_vector(z_mixed, z, other, n):
+    "`n` times the unit vector of softmax(p~ - p), where p has 0 in place of the other source's label"
+    p_mixed, p = softmax(list(z_mixed)), softmax(list(z))
+    values = softmax([a - (0.0 if k == int(other) else b) for k, (a, b) in enumerate(zip(p_mixed, p, strict=True))])
+    return [n * value / norm(values) for value in values]
+
+
+def draw(n, k, dtype=torch.float64, seed=0, scale=2.0, requires_grad=False):
+    "Random inputs of `sumix_loss`: mixed and clean logits, mixed and clean head outputs, and the mixture"
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(torch.randn(n, k, generator=generator, dtype=torch.float64) * scale).to(dtype) for _ in range(4)]
+    target, partner = torch.randint(k, (n,), generator=generator), torch.randperm(n, generator=generator)
+    lam = torch.rand(n, generator=generator, dtype=torch.float64).float()
+    mixed = Mixed(torch.zeros(n, 1, 1, 1), target, target[partner], lam, partner)
+    return [row.requires_grad_(requires_grad) for row in rows], mixed
