@@ -46,7 +46,8 @@ def check_fraction(name:str, value:float)->None:
 # %% ../nbs/support/10_checks.ipynb #4b155670
 def check_flag(name:str, value:bool)->None:
     "`value` is True or False"
-    if not isinstance(value, bool): raise TypeError(f"`{name}` must be True or False, got {value!r}")
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
 
 
 def check_choice(name:str, value, choices)->None:
@@ -63,7 +64,7 @@ def check_batch(
     for name, value in (("images", images), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
-    n, shape, device = len(images), tuple(images.shape), images.device
+    n, shape = len(images), tuple(images.shape)
     if images.ndim != 4 or 0 in shape:
         raise ValueError(f"`images` must have the shape (N, C, H, W) and not be empty, got {shape}")
     if not images.is_floating_point():
@@ -72,19 +73,19 @@ def check_batch(
     if target.shape[:1] != (n,):
         raise ValueError(f"`target` must have one row for each of the {n} images, "
                          f"got {tuple(target.shape)}")
-    if target.device != device:
-        raise ValueError(f"`target` must be on the device of `images` ({device}), got {target.device}")
+    if target.device != images.device:
+        raise ValueError(f"`target` must be on the device of `images` ({images.device}), "
+                         f"got {target.device}")
 
 # %% ../nbs/support/10_checks.ipynb #7c10b9ff
 def check_generator(
     generator:torch.Generator|None, # The source of randomness handed to a mixer
 )->None:
     "None, or a generator on the CPU: mixers draw there, so that every device mixes alike"
-    if generator is None: return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError("`generator` must be a torch.Generator or None, "
-                        f"got {type(generator).__name__}")
-    if generator.device.type != "cpu":
+    kind = type(generator).__name__
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator or None, got {kind}")
+    if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"`generator` must be on the CPU, got one on {generator.device}")
 
 # %% ../nbs/support/10_checks.ipynb #5ab29e58

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,7 +46,7 @@ def su_logits(self:Released, logits_mixed, outputs_mixed, outputs, distance, wit
     vectors = uncertainty_vector if with_head else full_precision
     mixed, source = vectors(outputs_mixed), vectors(outputs)
     check_equal_shapes(mixed, source, distance)
-    return torch.exp((-(mixed + source + distance)).clamp(max=MAX_EXPONENT))
+    return (-(mixed + source + distance)).clamp(max=MAX_EXPONENT).exp()
 
 # %% ../../nbs/sumix/40_loss.ipynb #67d28377
 class SUMixTerms(NamedTuple):

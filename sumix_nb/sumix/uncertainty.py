@@ -28,8 +28,7 @@ class UncertaintyHead(nn.Module):
             raise ValueError("`in_features`, `hidden` and `num_classes` must be integers "
                              f"of at least 1, got {sizes}")
         layers = []
-        for size_in, size_out in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+        for wide, narrow in zip(sizes, sizes[1:]): layers += [nn.Linear(wide, narrow), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self,
