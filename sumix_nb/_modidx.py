@@ -610,7 +610,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sumix_nb.sumix.ratio.Released.label': ('sumix/ratio.html#released.label', 'sumix_nb/sumix/ratio.py'),
                                       'sumix_nb.sumix.ratio.Released.number': ( 'sumix/ratio.html#released.number',
                                                                                 'sumix_nb/sumix/ratio.py'),
-                                      'sumix_nb.sumix.ratio.label_entries': ('sumix/ratio.html#label_entries', 'sumix_nb/sumix/ratio.py'),
                                       'sumix_nb.sumix.ratio.mix_ratio': ('sumix/ratio.html#mix_ratio', 'sumix_nb/sumix/ratio.py'),
                                       'sumix_nb.sumix.ratio.ratio_from_distances': ( 'sumix/ratio.html#ratio_from_distances',
                                                                                      'sumix_nb/sumix/ratio.py')},
