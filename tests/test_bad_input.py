@@ -32,7 +32,7 @@ from sumix_nb.mixers.saliency import fine_grained_saliency, spectral_saliency
 from sumix_nb.models.networks import get_model
 from sumix_nb.models.tap import find_classifier, logits_and_features
 from sumix_nb.checks import check_encodings, check_labels, check_lam
-from sumix_nb.sumix.ratio import check_variant, mix_ratio, ratio_from_distances, released_distance, semantic_distance
+from sumix_nb.sumix.ratio import VARIANTS, mix_ratio, ratio_from_distances
 from sumix_nb.pictures import example_batch, show_images
 from sumix_nb.sumix.uncertainty import UncertaintyHead
 
@@ -193,19 +193,15 @@ CASES = [
      r"`generator` must be a torch\.Generator or None, got int"),
     # pictures
     ("pictures: no rows", lambda: example_batch(0, 5), ValueError,
-     r"`height` and `width` must be at least 1, got 0 and 5"),
+     r"`height` must be at least 1, got 0"),
     ("pictures: too few titles", lambda: show_images(IMAGES, ["one"]), ValueError,
      r"`titles` must be 4, one for each image, got 1"),
     # ratio
-    ("ratio: variant", lambda: check_variant("papers"), ValueError,
-     r"`variant` must be one of \('poster', 'released', 'corrected'\), got 'papers'"),
     ("ratio: mix_ratio variant", lambda: mix_ratio(LOGITS, LOGITS, LOGITS, 0.5, variant=None), ValueError,
-     r"`variant` must be one of .*got None"),
-    ("ratio: released has no scalar distance", lambda: semantic_distance(LOGITS, LOGITS, variant="released"),
-     ValueError, r'`variant` must be "poster" or "corrected"'),
+     r"`variant` must be one of \('poster', 'released', 'corrected'\), got None"),
     ("ratio: other shape", lambda: mix_ratio(LOGITS, LOGITS, LOGITS[:2], 0.5), ValueError,
      r"must have one shape \(N, D\), got \[\(4, 5\), \(4, 5\), \(2, 5\)\]"),
-    ("ratio: one row that would broadcast", lambda: semantic_distance(LOGITS, LOGITS[:1]), ValueError,
+    ("ratio: one row that would broadcast", lambda: VARIANTS["poster"].distance(LOGITS, LOGITS[:1]), ValueError,
      r"must have one shape \(N, D\)"),
     ("ratio: maps", lambda: check_encodings(IMAGES), ValueError,
      r"must have one shape \(N, D\), got \[\(4, 3, 6, 6\)\]"),
@@ -220,7 +216,8 @@ CASES = [
      ValueError, r"`target_a` and `target_b` must be given for variant=\"released\""),
     ("ratio: soft labels", lambda: check_labels(LOGITS, LOGITS), ValueError,
      r"SUMix needs class indices of the shape \(4,\) as labels, got \(4, 5\) torch\.float32"),
-    ("ratio: released with soft labels", lambda: released_distance(LOGITS, LOGITS, LOGITS), ValueError,
+    ("ratio: released with soft labels",
+     lambda: mix_ratio(LOGITS, LOGITS, LOGITS, 0.5, variant="released", target_a=LOGITS, target_b=LOGITS), ValueError,
      r"class indices of the shape \(4,\)"),
     ("ratio: labels as a list", lambda: check_labels([1, 2], LOGITS), ValueError, r"class indices .*got list"),
     # uncertainty

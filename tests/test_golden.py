@@ -11,10 +11,10 @@ from sumix_nb.mixers.fmix import binarise, low_frequency_image
 from sumix_nb.mixers.gridmix import GridMix, SmoothMix, bell, grid_lines, outer_share
 from sumix_nb.mixers.resizemix import ResizeMix, paste_resized
 from sumix_nb.mixers.saliency import fine_grained_saliency, most_salient
-from sumix_nb.sumix.ratio import mix_ratio, released_distance
+from sumix_nb.sumix.ratio import VARIANTS, mix_ratio
 from tests.conftest import Cases
 
-EXCERPT = Path(__file__).parent / "data" / "sumix_loss_excerpt.npz"
+EXCERPT = Path(__file__).parent / "sumix" / "sumix_loss_excerpt.npz"
 LEAVES = ("cls_mix", "cls_one", "unc_mix_pre", "unc_one_pre")
 
 
@@ -52,8 +52,10 @@ def check_case(cases, case, precision):
         for name, gradient in gradients.items(): close(gradient, f"grad_{name}")
     if (case, precision, "alpha") in cases:
         logits_mixed, logits = (cases[case, name].to(dtype) for name in LEAVES[:2])
-        close(released_distance(logits_mixed, logits, cases[case, "y_b"]), "alpha")
-        close(released_distance(logits_mixed, logits[cases[case, "rand_index"]], cases[case, "y_a"]), "alpha_")
+        target_a, target_b, partners = (cases[case, name] for name in ("y_a", "y_b", "rand_index"))
+        distance = VARIANTS["released"].distance
+        close(distance(logits_mixed, logits, target_a, target_b), "alpha")
+        close(distance(logits_mixed, logits[partners], target_b, target_a), "alpha_")
 
 
 @pytest.mark.parametrize("precision", ["f64", "f32"])

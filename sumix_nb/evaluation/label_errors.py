@@ -25,7 +25,7 @@ from ..mixers.mixed import MixUp
 from ..mixers.resizemix import ResizeMix
 from ..mixers.saliencymix import SaliencyMix
 from ..models.tap import logits_and_features
-from ..sumix.ratio import VARIANTS, own_distance, ratio_from_distances, source_distances
+from ..sumix.ratio import VARIANTS, ratio_from_distances
 
 # %% ../../nbs/evaluation/30_label_errors.ipynb #50da9d3c
 ENCODINGS = {
@@ -48,13 +48,14 @@ def all_distances(
 )->dict[str, Tensor]: # Name -> (2, N) distances of each mixture from its first and from its second source
     "Distances in every variant between every encoding; errors as `mix_ratio`"
     outputs = outputs_mixed, outputs_a, outputs_b
-    targets, found = {"target_a": target_a, "target_b": target_b}, {}
+    found = {}
     for encoding, encode in ENCODINGS.items():
         z = [encode(*output) for output in outputs]
-        for variant in VARIANTS:
+        for variant, rule in VARIANTS.items():
             if (variant, encoding) == ("released", "features"): continue
-            distances = source_distances(*z, variant=variant, **targets)
-            found[f"{variant}, {encoding}"] = torch.stack([*map(own_distance, distances, targets.values())])
+            found[f"{variant}, {encoding}"] = torch.stack(
+                [rule.number(rule.distance(z[0], source, own, other), own)
+                 for source, own, other in ((z[1], target_a, target_b), (z[2], target_b, target_a))])
     probs_mixed, *probs = (ENCODINGS["probabilities"](*output) for output in outputs)
     for name, distance in ALTERNATIVES.items():
         found[name] = torch.stack([distance(probs_mixed, source) for source in probs])

@@ -18,11 +18,11 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from ..checks import check_number
+from ..checks import check_choice, check_number
 from ..models.tap import FeatureTap, find_classifier
 from .loss import SUMixTerms, sumix_loss
 from .mix import Mix
-from .ratio import check_variant
+from .ratio import VARIANTS
 from .uncertainty import UncertaintyHead
 
 # %% ../../nbs/sumix/60_callback.ipynb #7d66fe3e
@@ -116,7 +116,7 @@ class SUMix(Mix):
         off_after:float=1.0, # As for `Mix`
     ):
         super().__init__(mixer, seed, keep, off_after)
-        check_variant(variant)
+        check_choice("variant", variant, VARIANTS)
         check_number("xi", xi, 0, math.inf)
         if not isinstance(hidden, (tuple, list)): raise TypeError(f"`hidden` must be a tuple of sizes, got {hidden!r}")
         if clean not in CLEAN: raise ValueError(f"`clean` must be one of {CLEAN}, got {clean!r}")

@@ -36,7 +36,7 @@ from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.mixers.mixed import MixUp, Mixed
 from sumix_nb.models.tap import find_classifier
 from sumix_nb.sumix.uncertainty import UncertaintyHead
-from tests.sumix.test_loss import repeated_loss, scalar_oracle
+from tests.sumix.oracles import repeated_loss, scalar_oracle
 
 matplotlib.use("Agg")
 N, K = 24, 4

@@ -1,0 +1,134 @@
+"The ratio of each variant against closed forms and loops: limits, directions, and what it takes"
+import math
+
+import pytest
+import torch
+
+from sumix_nb.sumix.ratio import VARIANTS, mix_ratio, ratio_from_distances
+from tests.sumix.oracles import draw, released_vector
+
+Z = torch.tensor([[6.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 4.0]])
+LABELS = {"target_a": torch.tensor([0, 1, 2]), "target_b": torch.tensor([1, 2, 0])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ratio_of_far_samples_is_finite_and_exact(dtype):
+    distance_a = torch.tensor([1000.0, 1000.0, 0.0, 1e4], dtype=dtype)
+    distance_b = torch.tensor([1000.0, 1001.0, 1e4, 0.0], dtype=dtype)
+    got = ratio_from_distances(0.25, distance_a, distance_b)
+    wanted = torch.tensor([0.25, 0.25 * math.e / (0.25 * math.e + 0.75), 1.0, 0.0], dtype=dtype)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_integer_and_half_precision_distances_give_a_float32_ratio():
+    for dtype in (torch.int64, torch.int32, torch.float16, torch.bfloat16):
+        got = ratio_from_distances(0.5, torch.tensor([0], dtype=dtype), torch.tensor([1], dtype=dtype))
+        torch.testing.assert_close(got, torch.tensor([1 / (1 + math.exp(-1))]))
+
+
+def test_variants_are_known_by_name_and_the_distance_of_each_is_that_of_its_formula():
+    assert list(VARIANTS) == ["poster", "released", "corrected"] and "paper" not in VARIANTS
+    assert [rule.by_label for rule in VARIANTS.values()] == [False, True, False]
+    z_mixed, z = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    difference = (z_mixed - z).exp()
+    poster = difference.pow(2).sum(1).sqrt() / difference.sum(1)
+    torch.testing.assert_close(VARIANTS["poster"].distance(z_mixed, z), poster)
+    p_mixed, p = (x.exp() / x.exp().sum(1, keepdim=True) for x in (z_mixed, z))
+    torch.testing.assert_close(VARIANTS["corrected"].distance(z_mixed, z), (2 - 2 * (p_mixed * p).sqrt().sum(1)).sqrt())
+    own, other = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 4, 0, 1])
+    vector = VARIANTS["released"].distance(z_mixed, z, own, other)
+    for i in range(4):
+        wanted = torch.stack(released_vector(z_mixed[i], z[i], other[i], 4))
+        torch.testing.assert_close(vector[i], wanted)
+        assert VARIANTS["released"].number(vector, own)[i] == vector[i, own[i]]
+
+
+def test_the_poster_labels_by_the_sample_and_the_released_code_by_the_batch():
+    ratio = torch.tensor([0.25, 0.5, 0.75, 0.0])
+    assert VARIANTS["poster"].label(ratio) is ratio and VARIANTS["corrected"].label(ratio) is ratio
+    assert VARIANTS["released"].label(ratio).tolist() == [0.375] * 4
+
+
+def test_released_ignored_labels_keep_their_lam():
+    lam = torch.tensor([0.2, 0.5, 0.9])
+    plain = mix_ratio(Z, Z.roll(1, 1), Z.flip(0), lam, variant="released", **LABELS)
+    for name in LABELS:
+        labels = LABELS | {name: torch.where(torch.tensor([False, True, False]), -100, LABELS[name])}
+        got = mix_ratio(Z, Z.roll(1, 1), Z.flip(0), lam, variant="released", **labels)
+        assert got[1] == 0.5 and torch.equal(got[::2], plain[::2]) and plain[1] != 0.5
+
+
+def test_labels_of_any_integer_type_are_taken_and_others_are_refused():
+    wanted = mix_ratio(Z, Z.roll(1, 1), Z.flip(0), 0.5, variant="released", **LABELS)
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        labels = {name: target.to(dtype) for name, target in LABELS.items()}
+        assert torch.equal(mix_ratio(Z, Z.roll(1, 1), Z.flip(0), 0.5, variant="released", **labels), wanted)
+    for wrong, message in ((LABELS["target_b"].float(), "class indices"), (LABELS["target_b"] == 1, "class indices"),
+                           (LABELS["target_b"] + 1, r"in \[0, 2\] for 3 classes.*got 3"),
+                           (LABELS["target_b"] - 1, r"in \[0, 2\] for 3 classes.*got -1")):
+        with pytest.raises(ValueError, match=message):
+            mix_ratio(Z, Z, Z, 0.5, variant="released", **LABELS | {"target_b": wrong})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_encodings_that_are_not_finite_are_named(bad):
+    broken = torch.where(Z == 6, bad, Z)
+    for i, name in enumerate(("z_mixed", "z_a", "z_b")):
+        z = [broken if i == k else Z for k in range(3)]
+        with pytest.raises(ValueError, match=f"`{name}` must be finite"): mix_ratio(*z, 0.5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_swapping_the_two_sources_swaps_the_ratio(variant):
+    (z_mixed, z_a, z_b, _), mixed = draw(6, 5)
+    lam = mixed.lam.double()
+    target_a, target_b = mixed.target_a, (mixed.target_a + 1) % 5
+    one = mix_ratio(z_mixed, z_a, z_b, lam, variant=variant, target_a=target_a, target_b=target_b)
+    other = mix_ratio(z_mixed, z_b, z_a, 1 - lam, variant=variant, target_a=target_b, target_b=target_a)
+    torch.testing.assert_close(other, 1 - one)
+    assert (one - lam).abs().max() > 1e-3
+
+
+def perfect_encodings(seen, classes, dtype=torch.float64):
+    "One-hot encodings of the sources, and of mixtures that show the share `seen` of the first"
+    z_mixed = torch.zeros(len(seen), classes, dtype=dtype)
+    z_mixed[:, 0], z_mixed[:, 1] = seen, 1 - seen
+    z_a, z_b = torch.eye(classes, dtype=dtype)[:2, None].expand(-1, len(seen), -1)
+    return z_mixed, z_a, z_b
+
+
+@pytest.mark.parametrize("classes", [2, 5, 100])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_each_variant_makes_of_a_network_that_sees_exactly_what_is_visible(variant, classes):
+    seen = torch.linspace(0, 1, 21, dtype=torch.float64)
+    encodings, n = perfect_encodings(seen, classes), len(seen)
+    # the poster compares the encodings themselves, the others their probabilities: here both are the visible shares
+    logits = encodings if variant == "poster" else [z.clamp(min=1e-300).log() for z in encodings]
+    labels = {"target_a": torch.zeros(n, dtype=torch.long), "target_b": torch.ones(n, dtype=torch.long)}
+    found = mix_ratio(*logits, 0.5, variant=variant, **labels)
+    for share, ratio in zip(seen.tolist(), found.tolist(), strict=True):
+        # softmax(z~ - z_a) is e^-h, e^h and K-2 times 1, divided by their sum, with h = 1 - share; so for b with share
+        hidden_a, hidden_b = 1 - share, share
+        lengths = [math.sqrt(2 * math.cosh(2 * h) + classes - 2) for h in (hidden_a, hidden_b)]
+        if variant == "corrected": d_a, d_b = (math.sqrt(2 - 2 * math.sqrt(part)) for part in (share, 1 - share))
+        elif variant == "poster":
+            d_a, d_b = (length / (2 * math.cosh(h) + classes - 2) for length, h in zip(lengths, (hidden_a, hidden_b)))
+        else: d_a, d_b = (n * math.exp(-h) / length for length, h in zip(lengths, (hidden_a, hidden_b)))
+        assert ratio == pytest.approx(1 / (1 + math.exp(d_a - d_b)), abs=1e-9)
+    direction = found.diff()
+    if variant == "released": assert (direction < 0).all(), "more of an object lowers its share"
+    else: assert (direction > 0).all(), "more of an object raises its share"
+    reach = {"corrected": 0.80, "poster": 0.73, "released": 1.0}[variant]
+    assert found.max() <= reach + 0.005
+    if variant == "corrected": assert found.max() >= reach, "from 0.20 to 0.80 whatever the number of classes"
+    if variant == "poster": assert found.max() < {2: 0.6, 5: 0.56, 100: 0.51}[classes], "almost blind to probabilities"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_ratio_compiles_into_one_graph_and_is_mapped(variant):
+    def ratio(z_mixed, z_a, z_b, lam): return mix_ratio(z_mixed, z_a, z_b, lam, variant=variant, **LABELS)
+    lam, stack = torch.tensor([0.2, 0.5, 0.9]), torch.stack([Z, Z.roll(1, 1), Z.flip(0)])
+    compiled = torch.compile(ratio, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*stack, lam), ratio(*stack, lam))
+    mapped = torch.vmap(ratio)(stack, stack.roll(1, 0), stack.roll(2, 0), torch.stack([lam, lam.flip(0), lam]))
+    torch.testing.assert_close(mapped[1], ratio(stack[1], stack[0], stack[2], lam.flip(0)))
