@@ -78,6 +78,7 @@ def share(
 class Distributed(Callback):
     "Trains a Learner by several processes; `TypeError` for a metric that is no mean over images"
     order = WeightAverage.order + 1 # after all that changes the network or the weights
+    only_watches = True # no part of a checkpoint
 
     def __init__(self,
         sync_bn:bool=False, # Should BatchNorm take its statistics over the batch of all processes?

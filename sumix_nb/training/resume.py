@@ -188,7 +188,7 @@ def save(self:Checkpoint, epoch, facts)->None:
         with writing_whole(self.file) as opened: opened.write(whole.getbuffer())
     self.gather("written")
 
-# %% ../../nbs/training/60_resume.ipynb #99e4208e
+# %% ../../nbs/training/60_resume.ipynb #a8174f4f
 @patch
 def restore(self:Checkpoint, saved)->None:
     "Give everything its state back, and show the epochs so far"
@@ -205,7 +205,8 @@ def restore(self:Checkpoint, saved)->None:
     put_back(learn, own["learner"])
     for (_, write), value in zip(generators(learn), own["chance"]): write(value)
     for loader, state in zip(own_loaders(learn), own["loaders"]): put_back(loader, state)
-    for epoch, values in enumerate(learn.recorder.values): learn.logger([epoch, *values, "before"])
+    past = getattr(vars(learn).get("recorder"), "values", ())
+    for epoch, values in enumerate(past): learn.logger([epoch, *values, "before"])
 
 @patch
 def begin(self:Checkpoint, facts)->int:

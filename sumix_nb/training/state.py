@@ -23,8 +23,9 @@ from fastai.torch_core import get_model
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-# %% ../../nbs/training/55_state.ipynb #b3b84405
-LIBRARIES = {*sys.stdlib_module_names, "torch", "fastai", "fastcore", "sumix_nb"} - {"__main__"}
+# %% ../../nbs/training/55_state.ipynb #9bb833d7
+LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "fastai", "fastcore", "fastprogress",
+             "accelerate", "matplotlib", "sumix_nb"} - {"__main__"}
 SETTERS = {torch.Generator: "set_state", random.Random: "setstate"}
 INSIDE = "state of an object"
 
@@ -41,7 +42,7 @@ def plain(value):
     if isinstance(value, tuple): return tuple(plain(item) for item in value)
     if isinstance(value, (list, deque, L)): return [plain(item) for item in value]
     foreign = callable(value) or type(value).__module__.partition(".")[0] in LIBRARIES
-    keeps = hasattr(value, "load_state_dict") or type(value) in SETTERS
+    keeps = hasattr(type(value), "load_state_dict") or type(value) in SETTERS
     if foreign and not keeps: raise Equipment
     raise TypeError(f"cannot keep this {type(value).__name__}: give it `state_dict` and "
                     "`load_state_dict`, and make it an attribute of the callback")
@@ -54,7 +55,7 @@ def state_of(holder, names=None):
         if isinstance(value, torch.Generator): state[name] = {INSIDE: value.get_state()}
         elif isinstance(value, random.Random): state[name] = {INSIDE: value.getstate()}
         elif isinstance(value, Metric): state[name] = {INSIDE: state_of(value)}
-        elif hasattr(value, "load_state_dict"): state[name] = {INSIDE: plain(value.state_dict())}
+        elif hasattr(type(value), "load_state_dict"): state[name] = {INSIDE: plain(value.state_dict())}
         else:
             with suppress(Equipment): state[name] = plain(value)
     return state
