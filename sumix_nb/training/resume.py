@@ -102,7 +102,7 @@ def noting_signals():
     finally:
         for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
 
-# %% ../../nbs/training/60_resume.ipynb #885c6f36
+# %% ../../nbs/training/60_resume.ipynb #66fde3c5
 FORMAT = 2
 
 class Preempted(CancelFitException):
@@ -111,7 +111,7 @@ class Preempted(CancelFitException):
 
 class Checkpoint(Callback):
     "Makes a fit resumable, by `cbs=` of `fit`"
-    run_valid, only_watches, _learn = False, True, None
+    order, run_valid, only_watches, _learn = 1000, False, True, None
 
     def __init__(self,
         folder:str|Path, # Where checkpoints are kept; made if it does not exist
@@ -194,15 +194,15 @@ def restore(self:Checkpoint, saved)->None:
     "Give everything its state back, and show the epochs so far"
     own = saved["processes"][0 if self.group is None else dist.get_rank()]
     learn, model = self.learn, get_model(self.learn.model)
+    for name, cbs in takers_part(learn).items():
+        for cb, state in zip(cbs, own["callbacks"][name]): put_back(cb, state)
+    put_back(learn, own["learner"])
     model.load_state_dict(saved["network"])
     model.load_state_dict(own["buffers"], strict=False) # statistics that differ between processes
     learn.opt.load_state_dict(saved["optimiser"])
     for name, p in model.named_parameters():
         p.grad = saved["gradients"].get(name)
         if p.grad is None and name in saved["gradients"]: p.grad = torch.zeros_like(p)
-    for name, cbs in takers_part(learn).items():
-        for cb, state in zip(cbs, own["callbacks"][name]): put_back(cb, state)
-    put_back(learn, own["learner"])
     for (_, write), value in zip(generators(learn), own["chance"]): write(value)
     for loader, state in zip(own_loaders(learn), own["loaders"]): put_back(loader, state)
     past = getattr(vars(learn).get("recorder"), "values", ())
