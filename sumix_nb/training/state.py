@@ -55,7 +55,8 @@ def state_of(holder, names=None):
         if isinstance(value, torch.Generator): state[name] = {INSIDE: value.get_state()}
         elif isinstance(value, random.Random): state[name] = {INSIDE: value.getstate()}
         elif isinstance(value, Metric): state[name] = {INSIDE: state_of(value)}
-        elif hasattr(type(value), "load_state_dict"): state[name] = {INSIDE: plain(value.state_dict())}
+        elif hasattr(type(value), "load_state_dict"):
+            state[name] = {INSIDE: plain(value.state_dict())}
         else:
             with suppress(Equipment): state[name] = plain(value)
     return state

@@ -26,13 +26,13 @@ class LogShares(Callback):
     "Shares and terms after each epoch, beside fastai's `TensorBoardCallback` or `WandbCallback`"
     order, run_valid, only_watches = Recorder.order + 2, False, True # after theirs
 
-    def __init__(self): self.first, self.offset, self.terms, self.sums, self.n = None, None, None, 0, 0
+    def __init__(self): self.first, self.offset, self.terms, self.sums, self.n = (None,) * 3 + (0, 0)
 
     def before_fit(self):
         "There must be a tracker"
         self.offset = None
         if not {"tensor_board", "wandb"} & vars(self.learn).keys():
-            raise ValueError("`LogShares` must stand beside `TensorBoardCallback` or `WandbCallback`")
+            raise ValueError("`LogShares` must stand beside a `TensorBoardCallback` or the like")
 
     def before_train(self): self.first, self.sums, self.n = self.learn.train_iter, 0, 0
 
@@ -118,12 +118,14 @@ def tracking(
         yield learn
         return
     try: module = import_module(f"fastai.callback.{log}")
-    except ImportError as error: raise ImportError(f"{log} is missing: pip install {log}") from error
+    except ImportError as error:
+        raise ImportError(f"{log} is missing: pip install {log}") from error
     if {"tensor_board", "wandb"} & vars(learn).keys():
         raise ValueError("`learn` must have no tracker of its own, got one that has")
     folder = Path(folder or ".")
     if log == "wandb":
-        run, callback = wandb_run(learn, name, config, folder), module.WandbCallback(log_preds=False)
+        run = wandb_run(learn, name, config, folder)
+        callback = module.WandbCallback(log_preds=False)
     else:
         run, files = nullcontext(), folder / "tensorboard" / name
         callback = module.TensorBoardCallback(files, trace_model=False, log_preds=False)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -37,9 +38,9 @@ def finish(child):
     return child.exitcode
 
 
-@pytest.fixture
-def command():
-    "`command(*words, **environment)` starts Python with these words, in a group of processes that ends with the test"
+@contextmanager
+def commands():
+    "`command(*words, **environment)` starts Python with these words, in a group of processes that ends with the block"
     started = []
 
     def begin(*words, **environment):
@@ -49,8 +50,15 @@ def command():
             start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment))
         return started[-1]
 
-    yield begin
-    for process in started:
-        try: os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
-        process.communicate()
+    try: yield begin
+    finally:
+        for process in started:
+            try: os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+            process.communicate()
+
+
+@pytest.fixture
+def command():
+    "As `commands`, until the test ends"
+    with commands() as command: yield command

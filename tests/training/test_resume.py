@@ -35,7 +35,6 @@ from sumix_nb.mixers.choosing import OneOf
 from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.mixers.mixed import MixUp
 from sumix_nb.models.networks import get_model
-from sumix_nb.running.shell import sumix_train
 from sumix_nb.sumix.callback import SUMix
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.training import resume
@@ -560,6 +559,7 @@ def test_killed_at_ten_random_moments_a_training_ends_as_if_left_alone(changes, 
 
 def command_in_child(options, steps):
     "`sumix_train` as from the shell, with a counter"
+    from sumix_nb.running.shell import sumix_train
     torch.set_num_threads(1)
     make = training.make_learner
     training.make_learner = lambda *arguments: make(*arguments).add_cbs(Counter(steps))
