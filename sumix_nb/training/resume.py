@@ -147,7 +147,8 @@ class Checkpoint(Callback):
             facts = training_facts(learn, self.run_name, len(self.gather(None)))
             done = self.begin(facts)
             with noting_signals() as self.noted:
-                for learn.epoch in range(done, learn.n_epoch):
+                for epoch in range(done, learn.n_epoch):
+                    learn.epoch = epoch
                     learn._with_events(learn._do_epoch, "epoch", CancelEpochException)
                     self.end_epoch(facts)
         finally:

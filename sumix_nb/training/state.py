@@ -17,8 +17,7 @@ from inspect import signature
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
-from fastai.learner import Learner, Metric
+from fastai.learner import Metric
 from fastai.torch_core import get_model
 from fastcore.foundation import L
 from torch import Tensor, nn

@@ -26,7 +26,7 @@ class LogShares(Callback):
     "Shares and terms after each epoch, beside fastai's `TensorBoardCallback` or `WandbCallback`"
     order, run_valid, only_watches = Recorder.order + 2, False, True # after theirs
 
-    def __init__(self): self.first, self.offset, self.terms, self.sums, self.n = (None,) * 3 + (0, 0)
+    def __init__(self): self.first, self.offset, self.terms = None, None, None
 
     def before_fit(self):
         "There must be a tracker"

@@ -80,7 +80,8 @@ def undisturbed(tmp_path_factory): return run(RECIPE, tmp_path_factory.mktemp("u
 def test_a_checkpoint_changes_nothing(undisturbed):
     learn = make_learner(RECIPE, device="cpu")
     record, (watched, _) = train(RECIPE, progress=False, learn=learn), undisturbed
-    assert same(weights(learn), weights(watched)) and same(plain(learn.opt.state_dict()), plain(watched.opt.state_dict()))
+    assert same(weights(learn), weights(watched))
+    assert same(plain(learn.opt.state_dict()), plain(watched.opt.state_dict()))
     assert same(record["epochs"], watched.epoch_log.epochs)
 
 
@@ -442,7 +443,8 @@ def test_what_cannot_be_kept_is_an_error_and_never_lost(tmp_path):
         refused(dropping_learner(cbs=Holds(value)), tmp_path / "run.ckpt", "cannot keep this", error=TypeError)
         assert not list(tmp_path.iterdir())
     def late(learn): learn.holds.value = nn.Linear(1, 1)
-    assert not quietly(dropping_learner(cbs=Holds(None)), 3, Checkpoint(tmp_path, "run"), Does(after_step=late), Signal(4))
+    callbacks = Checkpoint(tmp_path, "run"), Does(after_step=late), Signal(4)
+    assert not quietly(dropping_learner(cbs=Holds(None)), 3, *callbacks)
     refused(dropping_learner(cbs=Holds(None)), tmp_path / "run.ckpt", "make `value` of Holds before the first step")
 
 

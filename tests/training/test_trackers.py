@@ -12,7 +12,6 @@ import torch
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (teaches `Learner` `lr_find`)
 
 from sumix_nb.training.recipe import Recipe
-from sumix_nb.training.records import load_records
 from sumix_nb.training.trackers import TRACKERS, LogShares, tracking
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import ROOT
