@@ -23,30 +23,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .steps import WeightAverage
 
-# %% ../../nbs/training/70_processes.ipynb #3d3d8898
-def local_device()->torch.device|None: # The device of this process; None if there is only one process
-    "Join the other processes; `ImportError` without accelerate, `RuntimeError` if there are no others"
+# %% ../../nbs/training/70_processes.ipynb #afefe4ab
+def local_device()->torch.device|None: # None if there is only one process
+    "Join the other processes; the device of this one"
     if num_distrib() < 2: return None
     try:
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
     except ImportError as error:
-        raise ImportError("several processes need accelerate: pip install 'sumix_nb[dist]'") from error
+        raise ImportError("several processes need accelerate: pip install accelerate") from error
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
     state = PartialState(cpu=cpu)
     if state.num_processes != num_distrib():
-        raise RuntimeError(f"the launcher speaks of {num_distrib()} processes, accelerate of {state.num_processes}: "
-                           "make no `Accelerator` before")
+        raise RuntimeError(f"the launcher speaks of {num_distrib()} processes, accelerate of "
+                           f"{state.num_processes}: make no `Accelerator` before")
     return state.device
 
-# %% ../../nbs/training/70_processes.ipynb #d21a2603
+# %% ../../nbs/training/70_processes.ipynb #0db6f7d2
 class OwnOrder:
     "The order of a loader as process 0 draws it, and of that every `world`-th image"
     def __init__(self,
         dl:TfmdDL, # The loader of the whole set
         rank:int, # Which process this is, 0 .. `world` - 1
         world:int, # Number of processes
-        even:bool, # Leave out up to `world` - 1 images, so that all processes get equally many?
+        even:bool, # Leave out up to `world` - 1 images, so that all get equally many?
     ): self.dl, self.rank, self.world, self.even = dl, rank, world, even
 
     def __call__(self)->list[int]: # Image numbers
@@ -55,52 +55,56 @@ class OwnOrder:
         order = torch.tensor(list(self.dl.get_idxs()), device=local_device())
         if torch.distributed.is_initialized(): torch.distributed.broadcast(order, src=0)
         if (generator := getattr(self.dl, "generator", None)) is not None:
-            seed = np.random.SeedSequence((generator.initial_seed(), self.rank)).generate_state(1)[0]
-            generator.manual_seed(int(seed))
-        return order[:len(order) - len(order) % self.world * self.even][self.rank::self.world].tolist()
+            sequence = np.random.SeedSequence((generator.initial_seed(), self.rank))
+            generator.manual_seed(int(sequence.generate_state(1)[0]))
+        n = len(order) - len(order) % self.world * self.even
+        return order[:n][self.rank::self.world].tolist()
 
-# %% ../../nbs/training/70_processes.ipynb #97a16cfb
+# %% ../../nbs/training/70_processes.ipynb #c86cffd1
 def share(
     dl:TfmdDL, # Any fastai loader of a whole set
     rank:int, # Which process this is, 0 .. `world` - 1
     world:int, # Number of processes
-    even:bool=True, # Must all processes get equally many batches and images? True for training
+    even:bool=True, # Must all get equally many batches and images? True for training
 )->TfmdDL: # Of the same kind
-    "The loader of one process; `ValueError` if batches of a training cannot be shared evenly"
+    "The loader of one process"
     if even and dl.bs % world:
-        raise ValueError(f"`bs`, the batch of all processes together, must be a multiple of their number {world}, "
-                         f"got {dl.bs}")
+        raise ValueError(f"`bs`, the batch of all processes together, must be a multiple of their "
+                         f"number {world}, got {dl.bs}")
     n = len(range(rank, dl.n - dl.n % world * even, world))
     return dl.new(bs=-(-dl.bs // world), n=n, get_idxs=OwnOrder(dl, rank, world, even),
-                  create_item=partial(dl.create_item)) # fastai would bind a bare method to the new loader
+                  create_item=partial(dl.create_item)) # or fastai binds it to the new loader
 
-# %% ../../nbs/training/70_processes.ipynb #87cecc8d
+# %% ../../nbs/training/70_processes.ipynb #97218e84
 class Distributed(Callback):
-    "Trains a Learner by several processes; `TypeError` for a metric that is no mean over images"
+    "Trains a Learner by several processes"
     order = WeightAverage.order + 1 # after all that changes the network or the weights
+    only_watches = True # has no part in a checkpoint
 
     def __init__(self,
-        sync_bn:bool=False, # Should BatchNorm take its statistics over the batch of all processes?
+        sync_bn:bool=False, # Should BatchNorm take its statistics over all processes?
     ): self.sync_bn, self.shares, self.parallel = sync_bn, {}, None
 
     def before_fit(self):
         "Look at the metrics before any weight changes"
         for metric in self.learn.metrics:
             metric.reset()
-            if not (hasattr(metric, "total") and hasattr(metric, "count")):
-                raise TypeError(f"`metrics` must be means over images, as accuracy is, got {metric.name}")
+            if not {"total", "count"} <= vars(metric).keys():
+                raise TypeError(f"`metrics` must be means over images, got {metric.name}")
 
     def take_share(self, even):
         "Put the share of this process into the place of the loader in use"
         dl = self.learn.dl
-        if dl not in self.shares: self.shares[dl] = share(dl, rank_distrib(), num_distrib(), even)
+        if dl not in self.shares:
+            self.shares[dl] = share(dl, rank_distrib(), num_distrib(), even)
         self.learn.dl = self.shares[dl]
 
     def before_train(self):
         "Share the images, and wrap the network"
         self.take_share(even=True)
         if self.parallel is None:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(self.learn.model) if self.sync_bn else self.learn.model
+            model = self.learn.model
+            if self.sync_bn: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             self.parallel = DistributedDataParallel(model)
             self.parallel.broadcast_buffers = False
         self.learn.model = self.parallel
@@ -116,20 +120,17 @@ class Distributed(Callback):
 
     def after_fit(self):
         "Forget shares and wrapper"
-        if self.parallel is not None and self.learn.model is self.parallel: self.learn.model = self.parallel.module
+        if self.learn.model is self.parallel: self.learn.model = self.parallel.module
         self.shares, self.parallel = {}, None
 
-# %% ../../nbs/training/70_processes.ipynb #0c8c6268
+# %% ../../nbs/training/70_processes.ipynb #868bd410
 @patch
-def sum_metrics(self:Distributed,
-    metrics:list, # Metrics with a `total` and a `count`
-)->None:
+def sum_metrics(self:Distributed, metrics)->None:
     "Add up totals and counts of all processes, in place"
-    sums = torch.tensor([[float(metric.total), metric.count] for metric in metrics], dtype=torch.float64,
-                        device=local_device())
+    sums = torch.tensor([[float(metric.total), metric.count] for metric in metrics],
+                        dtype=torch.float64, device=local_device())
     torch.distributed.all_reduce(sums)
-    for metric, (total, count) in zip(metrics, sums.tolist()): metric.total, metric.count = total, count
-
+    for metric, pair in zip(metrics, sums.tolist()): metric.total, metric.count = pair
 
 @patch
 def after_train(self:Distributed):
@@ -138,45 +139,45 @@ def after_train(self:Distributed):
     self.learn.model = self.parallel.module
     if self.learn.recorder.train_metrics: self.sum_metrics(self.learn.metrics)
 
-
 @patch
 def after_validate(self:Distributed):
     "Sum loss and metrics before the `Recorder` reads them"
-    if self.learn.dl in self.shares.values(): self.sum_metrics([self.learn.recorder.loss, *self.learn.metrics])
+    if self.learn.dl in self.shares.values():
+        self.sum_metrics([self.learn.recorder.loss, *self.learn.metrics])
 
-# %% ../../nbs/training/70_processes.ipynb #29a478bc
+# %% ../../nbs/training/70_processes.ipynb #584319fd
 def detach_here(b, cpu=True, gather=True):
     "fastai's `to_detach` without gathering from other processes"
     return to_detach(b, cpu=cpu, gather=False)
 
-
 @contextmanager
 def distribute(
-    learn:Learner, # A Learner that is alike in all processes
-    sync_bn:bool=False, # Should BatchNorm take its statistics over the batch of all processes? GPUs only
+    learn:Learner, # A Learner that is the same in all processes
+    sync_bn:bool=False, # Should BatchNorm take its statistics over all processes? GPUs only
 ):
-    "Inside, `fit` trains by all processes; one process alone trains as ever. Errors of `local_device` and `share`"
+    "Inside, `fit` trains by all processes; one process alone trains as ever"
     device = local_device()
     if device is None:
         yield learn
         return
-    if sync_bn and device.type == "cpu": raise ValueError("`sync_bn` must be False on the CPU: PyTorch has it for GPUs")
+    if sync_bn and device.type == "cpu":
+        raise ValueError("`sync_bn` must be False on the CPU: PyTorch has it for GPUs")
     callback, quiet = Distributed(sync_bn), rank_distrib() > 0
     accumulating = [cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)]
     learn.dls.to(device)
     learn.to_detach = detach_here
     for accumulation in accumulating: accumulation.n_acc /= num_distrib()
     seed = int(torch.randint(2**31, ())) + rank_distrib()
-    with (no_random(seed, reproducible=False), learn.added_cbs(callback),
-          learn.no_bar() if quiet else nullcontext(), learn.no_logging() if quiet else nullcontext()):
+    bars, lines = (learn.no_bar, learn.no_logging) if quiet else (nullcontext, nullcontext)
+    with no_random(seed, reproducible=False), learn.added_cbs(callback), bars(), lines():
         try: yield learn
         finally:
             callback.after_fit()
             del learn.to_detach
             for accumulation in accumulating: accumulation.n_acc *= num_distrib()
 
-# %% ../../nbs/training/70_processes.ipynb #c01a3f27
+# %% ../../nbs/training/70_processes.ipynb #2f72bc23
 def leave_group()->None:
-    "Part from the other processes, as the last thing that a program does; nothing is done without others"
+    "Part from the other processes, as the last thing that a program does"
     group = torch.distributed
     if group.is_available() and group.is_initialized(): group.destroy_process_group()

@@ -1,5 +1,6 @@
 "`sumix_train` from the shell and from Python"
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sumix_nb.running import shell as command_line
-from sumix_nb.studies.ablations import run_ablations
-from sumix_nb.training.resume import Preempted
-from sumix_nb.running.shell import option_parser, read_recipe, read_valid, sumix_train
 from sumix_nb.running.grid import sumix_grid
+from sumix_nb.running.shell import option_parser, read_recipe, read_valid, sumix_train
+from sumix_nb.training import processes
+from sumix_nb.training import train as training
 from sumix_nb.training.published import find_recipe
-from sumix_nb.training.recipe import Recipe
+from sumix_nb.training.recipe import GROUPS, Recipe
 from sumix_nb.training.records import load_records
+from sumix_nb.training.resume import Preempted
+from sumix_nb.training.trackers import TRACKERS
 from tests.conftest import ROOT
 
 
@@ -53,30 +55,61 @@ def test_a_published_recipe_runs_cut_short(tmp_path):
     ("--device gpu", "`device` must be one that PyTorch finds here, got 'gpu'"),
     ("--model deit_small --width 100", "`width` must be a multiple of 64"),
     ("--mixer resizemix --mixer-options {\"mode\":\"cubic\"}", "`mode` must be one of"),
+    ("--width 1000000000", "`width` must be in"), (f"--seed {2 ** 70}", "`seed` must be in"),
     ("--pretrained True --width 4", "published width")])
-def test_what_cannot_be_run_ends_with_one_clear_line(options, message, tmp_path, monkeypatch):
+def test_what_cannot_be_run_ends_with_one_clear_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sumix_nb.models.networks.RESNETS", {"resnet18": FakeWeights})
-    with pytest.raises(SystemExit, match=message) as error: sumix_train([*options.split(), "--out", str(tmp_path)])
-    assert str(error.value).startswith("sumix_train: ") and "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit) as error: sumix_train([*options.split(), "--out", str(tmp_path)])
+    line = capsys.readouterr().err
+    assert error.value.code == 1 and line.startswith("sumix_train: ") and line.count("\n") == 1
+    assert re.search(message, line) and list(tmp_path.iterdir()) == []
 
 
-def test_a_device_that_runs_out_of_memory_is_one_line(tmp_path, monkeypatch):
-    def fails(*args, **options): raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-    monkeypatch.setattr("sumix_nb.running.shell.train", fails)
-    with pytest.raises(SystemExit, match="sumix_train: CUDA out of memory. Tried to allocate 2 GiB"):
-        sumix_train(["--out", str(tmp_path)])
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), 1, "CUDA out of memory. Tried 2 GiB"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C"), (Preempted("stopped"), 143, "stopped")])
+def test_whatever_ends_a_training_is_one_line(error, code, line, tmp_path, monkeypatch, capsys):
+    left = []
+    def fails(*args, **options): raise error
+    monkeypatch.setattr(training, "train", fails)
+    monkeypatch.setattr(processes, "leave_group", lambda: left.append(True))
+    with pytest.raises(SystemExit) as end: sumix_train(["--out", str(tmp_path)])
+    assert end.value.code == code and capsys.readouterr().err == f"sumix_train: {line}\n"
+    assert left == [True] * (code == 143)  # after an error the others may never come
+
+
+def run(*words):
+    "What the command prints, by itself"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    return subprocess.run([sys.executable, "-m", "sumix_nb.running.shell", *words], capture_output=True, text=True,
+                          env=environment)
+
+
+def test_help_and_typing_errors_are_answered_without_fastai():
+    "Which modules are imported is seen, not timed"
+    code = ("import sys, contextlib; from sumix_nb.running.shell import sumix_train\n"
+            "with contextlib.suppress(SystemExit): sumix_train([sys.argv[1]])\n"
+            "print(sorted({'fastai.learner', 'torchvision', 'sumix_nb.training.train'} & sys.modules.keys()))")
+    for word in ("--help", "--mixr"):
+        done = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_warning_comes_before_a_message_and_no_bar_goes_into_a_file(tmp_path):
+    assert run("--mixer", "cutmx").stderr.count("\n") == run("--device", "gpu").stderr.count("\n") == 1
+    done = run("--width", "4", "--epochs", "2", "--limit", "60,80", "--bs", "20", "--out", str(tmp_path))
+    assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout and done.stdout.count("\n") <= 4
 
 
 OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
           "--main_process_port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal",
-          "--requeue", "--slow", "--logdir"}  # of accelerate, SLURM, pytest and TensorBoard
+          "--requeue", "--slow", "--logdir", "--again"}  # of accelerate, SLURM, pytest and TensorBoard
 
 
 def test_the_pages_name_only_options_that_exist():
     known = {word for action in option_parser()._actions for word in action.option_strings}
     known |= {f"--{name.replace('_', '-')}" for name in signature(sumix_grid).parameters}
-    known |= {f"--{name.replace('_', '-')}" for name in signature(run_ablations).parameters} | OTHERS
+    known |= OTHERS
     named = {}
     for notebook in (ROOT / "nbs").rglob("*.ipynb"):
         for cell in json.loads(notebook.read_text())["cells"]:
@@ -94,7 +127,7 @@ class FakeWeights:
         return get_model("resnet18", 1000, width=64, stem="standard").state_dict()
 
 
-@pytest.mark.parametrize("options", [["--mixr", "cutmix"], ["--epochs", "two"], ["--mixer-options", "mode"]])
+@pytest.mark.parametrize("options", [["--mixr", "cutmix"], ["--epochs", "two"], ["--mixer-options", "mode"], ["--limit", "5,few"]])
 def test_misspelt_options_end_with_the_usage(options, capsys):
     with pytest.raises(SystemExit) as error: sumix_train(options)
     assert error.value.code == 2 and "usage: sumix_train" in capsys.readouterr().err
@@ -103,35 +136,19 @@ def test_misspelt_options_end_with_the_usage(options, capsys):
 def test_every_field_is_an_option_that_reads_its_type():
     parser = option_parser()
     values = {"valid": 0.5, "mixer_options": {}, "view": "deit", "size": 40, "stats": "cifar", "limit": 3}
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(field.name for field in fields(Recipe))
+    assert parser._option_string_actions["--log"].choices == TRACKERS
     for field in fields(Recipe):
         value = values.get(field.name, getattr(Recipe(), field.name))
         read = vars(parser.parse_args([f"--{field.name.replace('_', '-')}", str(value)]))[field.name]
         assert read == value and type(read) is type(value), field.name
     assert read_valid("test") == "test" and read_valid("0.25") == 0.25
+    pairs = {"5000,all": (5000, None), "all,7": (None, 7), "all": None, "3,4": (3, 4)}
+    for text, limit in pairs.items(): assert vars(parser.parse_args(["--limit", text]))["limit"] == limit
     assert read_recipe({}) == Recipe()
 
 
-def test_an_error_out_of_a_callback_is_one_line_too(tmp_path):
+def test_an_error_out_of_a_callback_is_one_line_too(tmp_path, capsys):
     words = f"--mixer cutmix --method sumix --lr 1e12 --width 4 --limit 60 --bs 20 --epochs 3 --out {tmp_path}".split()
-    with pytest.raises(SystemExit, match="^sumix_train: .*not finite: lower") as error: sumix_train(words)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("stops", [False, True])
-def test_the_command_parts_from_other_processes_unless_an_error_ended_it(tmp_path, monkeypatch, stops):
-    left = []
-    monkeypatch.setattr(command_line, "leave_group", lambda: left.append(True))
-    if stops: monkeypatch.setattr(command_line, "train", lambda *args, **options: preempt())
-    words = ["--epochs", "1", "--width", "4", "--limit", "60", "--bs", "20", "--out", str(tmp_path)]
-    if stops:
-        with pytest.raises(SystemExit) as error: sumix_train(words)
-        assert error.value.code == 143
-    else: sumix_train(words)
-    assert left == [True]
-    monkeypatch.undo()
-    monkeypatch.setattr(command_line, "leave_group", lambda: left.append(True))
-    with pytest.raises(SystemExit, match="no folder"): sumix_train([*words, "--data=cifar100", "--data-dir=missing"])
-    assert left == [True]
-
-
-def preempt(): raise Preempted("stopped")
+    with pytest.raises(SystemExit): sumix_train(words)
+    assert re.match("sumix_train: .*not finite: lower", capsys.readouterr().err)

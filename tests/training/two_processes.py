@@ -1,4 +1,4 @@
-"What `test_distributed.py` lets two processes do, and one: run as a script by a launcher, imported by the test"
+"What `test_processes.py` lets two processes do, and one: run as a script by a launcher, imported by the test"
 import os
 import signal
 import sys
@@ -24,7 +24,6 @@ from sumix_nb.training.processes import distribute, leave_group, local_device
 from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.mixers.mixed import Mixed
 from sumix_nb.models.networks import get_model
-from sumix_nb.training.resume import KEPT
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.train import make_learner, train
 
@@ -47,7 +46,7 @@ class Neighbours:
 
 class Steps(Callback):
     "Keeps losses and images of the training steps"
-    run_valid = False
+    run_valid, only_watches = False, True
     def before_fit(self): self.losses, self.images = [], []
     def before_batch(self): self.images.append(self.learn.xb[0].as_subclass(Tensor).clone())
     def after_batch(self): self.losses.append(self.learn.loss.item())
@@ -109,7 +108,7 @@ def recorded(recipe, folder):
     learn.add_cb(Steps())
     mix = next(cb for cb in learn.cbs if isinstance(cb, Mix))
     record = train(recipe, folder=folder, progress=False, learn=learn)
-    lam = torch.cat([lam for lam, _ in mix.history])
+    lam, _ = mix.shares()
     return {"weights": learn.model.state_dict(), "lam": lam[-(recipe.limit // 2):],
             "images": torch.cat(learn.steps.images), "last": record["epochs"][-1],
             "reliability": record["reliability"], "recipe": asdict(recipe)}
@@ -117,13 +116,10 @@ def recorded(recipe, folder):
 
 class Stops(Callback):
     "Asks its process to stop, as a cluster would, after some training step"
-    run_valid = False
+    run_valid, only_watches = False, True
     def __init__(self, step): self.step = step
     def after_batch(self):
         if self.learn.train_iter == self.step: os.kill(os.getpid(), signal.SIGTERM)
-
-
-KEPT["Stops"] = ()
 
 
 def resumed(recipe, folder, step, rank):
