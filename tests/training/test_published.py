@@ -4,9 +4,8 @@ import csv
 import pytest
 import torch
 
-from sumix_nb.training.published import FIGURES, ORDER, PUBLISHED, SETUPS, Published, changed, find_recipe
-from sumix_nb.training.published import published_table
-from sumix_nb.training.recipe import MIXERS, Recipe
+from sumix_nb.training.published import PUBLISHED, changed, find_recipe, published_table
+from sumix_nb.training.recipe import CHOICES, Recipe
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import GOLDEN
 
@@ -14,7 +13,8 @@ SPEC = GOLDEN.parent / "spec"
 NAMES = {"CIFAR-100": "cifar100", "Tiny-ImageNet": "tiny_imagenet", "ImageNet-1K": "imagenet", "CUB-200": "cub200",
          "FGVC-Aircraft": "aircraft", "ResNet18": "resnet18", "ResNeXt50": "resnext50", "WRN-28-8": "wrn28_8",
          "DeiT-S": "deit_small", "Swin-T": "swin_tiny"}
-RUNNABLE = [name for name, row in PUBLISHED.items() if row.mixer in MIXERS]
+RUNNABLE = [name for name, row in PUBLISHED.items() if row.mixer in CHOICES["mixer"]]
+SETUPS = [name.removesuffix("-cutmix") for name in RUNNABLE if name.endswith("-cutmix")]
 SIZES = {"resnet18": (4, 32), "resnext50": (16, 32), "wrn28_8": (4, 16), "deit_small": (64, 32), "swin_tiny": (32, 32)}
 
 
@@ -118,7 +118,7 @@ def test_rows_are_found_by_name_and_suggested_by_nearest():
     assert find_recipe("imagenet-resnet18-fmix").recipe() == PUBLISHED["imagenet-resnet18-fmix"].recipe()
     with pytest.raises(ValueError, match="cifar100-swin_tiny-cutmix"): find_recipe("cifar100-swin-cutmix")
     with pytest.raises(ValueError, match="`recipe` must be one of 106"): find_recipe(7)
-    assert isinstance(find_recipe("cub200-resnet18-cutmix"), Published) and set(FIGURES) == set(SETUPS)
+    assert len(SETUPS) == 12
 
 
 def test_a_shortened_warmup_keeps_its_share():
@@ -129,6 +129,7 @@ def test_a_shortened_warmup_keeps_its_share():
 
 
 def test_what_cannot_be_run_says_so():
-    for mixer in ORDER[4:]:
+    for mixer in ("puzzlemix", "automix", "adautomix"):
         with pytest.raises(ValueError, match=f"no `mixer` '{mixer}'"): PUBLISHED[f"cifar100-resnet18-{mixer}"].recipe()
-    assert published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).endswith("| 82.04 | cannot be run |  |  | 0 |")
+    row = published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).iloc[0].tolist()
+    assert row[3:] == ["82.04", "cannot be run", "", "", "0"]
