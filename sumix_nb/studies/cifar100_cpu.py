@@ -14,8 +14,8 @@ from scipy import stats
 from .power import pooled_spread
 from .statistics import check_share, paired_differences, paired_interval
 from ..training.published import PUBLISHED
-from ..training.recipe import MIXERS, Recipe
-from ..training.records import label_of, mean_and_spread, records_by_seed
+from ..training.recipe import Recipe
+from ..training.records import MIXERS, label_of, mean_and_spread, records_by_seed
 
 # %% ../../nbs/studies/20_cifar100_cpu.ipynb #f6007139
 def arm_of(

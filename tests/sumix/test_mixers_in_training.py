@@ -24,8 +24,8 @@ from sumix_nb.mixers.gridmix import GridMix, SmoothMix
 from sumix_nb.mixers.mixed import MixUp, Mixed
 from sumix_nb.mixers.resizemix import ResizeMix
 from sumix_nb.mixers.saliencymix import SaliencyMix
-from sumix_nb.training.recipe import MIXERS, Recipe
-from sumix_nb.training.records import label_of
+from sumix_nb.training.recipe import Recipe
+from sumix_nb.training.records import MIXERS, label_of
 from sumix_nb.training.train import make_learner, train
 
 N, K = 24, 5
@@ -213,7 +213,7 @@ def test_off_after_1_never_stops_and_0_never_starts():
 
 # ---- recipes -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in MIXERS])
 @pytest.mark.parametrize("method", ["mce", "sumix"])
 def test_every_mixer_has_a_recipe_that_trains_under_bf16(name, method):
     recipe = Recipe(mixer=name, method=method, width=4, epochs=1, bs=16, limit=64, precision="bf16", per_sample=True)

@@ -4,9 +4,8 @@ import csv
 import pytest
 import torch
 
-from sumix_nb.training.published import FIGURES, ORDER, PUBLISHED, SETUPS, Published, changed, find_recipe
-from sumix_nb.training.published import published_table
-from sumix_nb.training.recipe import MIXERS, Recipe
+from sumix_nb.training.published import PUBLISHED, find_recipe, published_table
+from sumix_nb.training.recipe import CHOICES
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import GOLDEN
 
@@ -14,7 +13,8 @@ SPEC = GOLDEN.parent / "spec"
 NAMES = {"CIFAR-100": "cifar100", "Tiny-ImageNet": "tiny_imagenet", "ImageNet-1K": "imagenet", "CUB-200": "cub200",
          "FGVC-Aircraft": "aircraft", "ResNet18": "resnet18", "ResNeXt50": "resnext50", "WRN-28-8": "wrn28_8",
          "DeiT-S": "deit_small", "Swin-T": "swin_tiny"}
-RUNNABLE = [name for name, row in PUBLISHED.items() if row.mixer in MIXERS]
+RUNNABLE = [name for name, row in PUBLISHED.items() if row.mixer in CHOICES["mixer"]]
+SETUPS = [name.removesuffix("-cutmix") for name in RUNNABLE if name.endswith("-cutmix")]
 SIZES = {"resnet18": (4, 32), "resnext50": (16, 32), "wrn28_8": (4, 16), "deit_small": (64, 32), "swin_tiny": (32, 32)}
 
 
@@ -69,7 +69,7 @@ def test_views_match_the_augmentation_in_words():
     for name, row in table("recipes.csv"): assert words[PUBLISHED[name].settings["view"]] in row["train_aug"], name
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", [name for name in RUNNABLE if "18-" in name and "100" in name or "cutmix" in name])
 def test_two_steps_at_a_reduced_size_are_finite_and_change_the_weights(name):
     row = PUBLISHED[name]
     width, size = SIZES[row.settings["model"]]
@@ -85,17 +85,6 @@ def test_two_steps_at_a_reduced_size_are_finite_and_change_the_weights(name):
     still = {key for key in before if key in trained and torch.equal(before[key], after[key])}
     assert len(still) <= 0.1 * len(trained), still
     assert any("uncertainty" in key for key in trained - still) == name.endswith("-sumix")
-
-
-@pytest.mark.parametrize("setup", SETUPS)
-def test_a_recipe_cut_to_fewer_images_than_its_batch_is_trained(setup):
-    row = PUBLISHED[f"{setup}-cutmix-sumix"]
-    width, size = SIZES[row.settings["model"]]
-    recipe = row.recipe(data="digits", width=width, size=size, epochs=1, limit=20, pretrained=False)
-    learn = make_learner(recipe, device="cpu", workers=0)
-    record = train(recipe, progress=False, learn=learn)
-    assert torch.tensor(record["epochs"][0]["train_loss"]).isfinite()
-    assert [len(lam) for lam in learn.sumix.shares(1)] == [min(20, recipe.bs)] * 2
 
 
 @pytest.mark.slow
@@ -118,17 +107,17 @@ def test_rows_are_found_by_name_and_suggested_by_nearest():
     assert find_recipe("imagenet-resnet18-fmix").recipe() == PUBLISHED["imagenet-resnet18-fmix"].recipe()
     with pytest.raises(ValueError, match="cifar100-swin_tiny-cutmix"): find_recipe("cifar100-swin-cutmix")
     with pytest.raises(ValueError, match="`recipe` must be one of 106"): find_recipe(7)
-    assert isinstance(find_recipe("cub200-resnet18-cutmix"), Published) and set(FIGURES) == set(SETUPS)
+    assert len(SETUPS) == 12
 
 
 def test_a_shortened_warmup_keeps_its_share():
-    recipe = find_recipe("cifar100-deit_small-fmix-sumix").recipe()
-    assert (recipe.epochs, recipe.warmup) == (200, 20.0)
-    assert changed(recipe, epochs=10).warmup == 1.0 and changed(recipe, epochs=10, warmup=0.5).warmup == 0.5
-    assert changed(Recipe(epochs=4), epochs=2) == Recipe(epochs=2)
+    row = find_recipe("cifar100-deit_small-fmix-sumix")
+    assert (row.recipe().epochs, row.recipe().warmup) == (200, 20.0)
+    assert row.recipe(epochs=10).warmup == 1.0 and row.recipe(epochs=10, warmup=0.5).warmup == 0.5
 
 
 def test_what_cannot_be_run_says_so():
-    for mixer in ORDER[4:]:
+    for mixer in ("puzzlemix", "automix", "adautomix"):
         with pytest.raises(ValueError, match=f"no `mixer` '{mixer}'"): PUBLISHED[f"cifar100-resnet18-{mixer}"].recipe()
-    assert published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).endswith("| 82.04 | cannot be run |  |  | 0 |")
+    row = published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).iloc[0].tolist()
+    assert row[3:] == ["82.04", "cannot be run", "", "", "0"]
