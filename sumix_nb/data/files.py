@@ -133,7 +133,7 @@ def test_view(
 # %% ../../nbs/data/40_files.ipynb #9207f8b3
 @contextmanager
 def seeded(seed, device=None):
-    "Inside, the global generators of CPU and `device` start from `seed`; outside they go on as ever"
+    "Inside, global generators, of CPU and `device`, start from `seed`; outside they do not change"
     cards = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
         torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed every card
