@@ -28,7 +28,7 @@ def crop_flip(
     "Reflect-pad every image by `pad`, cut its window, mirror it"
     n, channels, height, width = images.shape
     if not 0 <= pad < min(height, width):
-        raise ValueError(f"`pad` must be at least 0 and below {height} x {width}, got {pad}")
+        raise ValueError(f"`pad` must be at least 0, and below height and width, got {pad}")
     if offset.shape != (n, 2) or flip.shape != (n,):
         raise ValueError(f"`offset` and `flip` must have shapes ({n}, 2) and ({n},), "
                          f"got {tuple(offset.shape)} and {tuple(flip.shape)}")

@@ -1,12 +1,11 @@
 "Crops and mirrors: every pixel where it belongs, every draw possible, training images only"
-import numpy as np
 import pytest
 import torch
 from fastai.torch_core import TensorImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sumix_nb.data.augment import RandomCropFlip, crop_flip, reflect_index, sample_crop_flip
+from sumix_nb.data.augment import RandomCropFlip, crop_flip
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,23 +48,6 @@ def test_crop_flip_dtype_and_no_writing(dtype):
 def test_crop_flip_errors(pad, offset, flip):
     with pytest.raises(ValueError, match="`pad`|`offset`"):
         crop_flip(torch.zeros(2, 3, 5, 7), torch.zeros(offset).long(), torch.zeros(flip).bool(), pad)
-
-
-def test_reflect_index_is_numpy_reflect():
-    for size in range(1, 7):
-        pad = size - 1
-        expected = np.pad(np.arange(size), pad, mode="reflect")
-        np.testing.assert_array_equal(reflect_index(torch.arange(-pad, size + pad), size), expected)
-
-
-def test_draws_cover_all_windows_and_need_no_global_generator():
-    state = torch.get_rng_state()
-    offset, flip = sample_crop_flip(5000, 2, generator=torch.Generator().manual_seed(0))
-    assert {tuple(pair) for pair in offset.tolist()} == {(r, c) for r in range(5) for c in range(5)}
-    assert 0.45 < flip.float().mean() < 0.55
-    assert torch.equal(state, torch.get_rng_state())
-    assert not sample_crop_flip(1000, 2, flip=False)[1].any()
-    assert sample_crop_flip(0, 4)[0].shape == (0, 2)
 
 
 def test_augmentation_is_for_training_only():

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 
 from sumix_nb.data import files
-from sumix_nb.data.files import OPERATIONS, VIEWS, ClassifiedSet, EraseBatch, FileSet, RandAugment, View, moved
+from sumix_nb.data.files import OPERATIONS, VIEWS, ClassifiedSet, EraseBatch, FileSet, RandAugment, View
 from sumix_nb.data.files import operate, seeded, test_view, train_view
 from sumix_nb.data.loaders import FileDL, get_dls
 from tests.data.oracles import tiny_model, white_noise
@@ -34,21 +34,6 @@ def test_operations_keep_size_and_mode_and_never_write(name, level):
         result = operate(image, name, level, negative)
         assert result.size == image.size and result.mode == "RGB"
     assert image.tobytes() == white_noise().tobytes()
-
-
-@pytest.mark.parametrize("name", ["identity", "rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
-def test_level_zero_of_a_motion_changes_nothing(name):
-    found = np.asarray(operate(white_noise(), name, 0)).astype(int)
-    assert np.abs(found - np.asarray(white_noise())).max() <= 1
-
-
-def test_motions_go_both_ways():
-    image = Image.new("RGB", (40, 40), "white")
-    for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"):
-        one, two = (np.asarray(operate(image, name, 8, negative)) for negative in (False, True))
-        assert (one != two).any() and (one != 255).any() and (two != 255).any(), name
-    right = np.asarray(moved(image, translate=[10, 0]))
-    assert (right[:, :10] == (114, 123, 125)).all() and (right[:, 10:] == 255).all()
 
 
 def test_strengths_vary_around_the_level(monkeypatch):

@@ -38,12 +38,6 @@ def test_a_missing_or_cut_table_is_named(name, table, tmp_path):
             read(tmp_path / "set")
 
 
-def test_birds_with_a_one_are_for_training(tmp_path):
-    splits, _ = read_cub200(make_cub(tmp_path))
-    assert {file.stem[-1] for file in splits["train"][0]} == {"1"}  # as `make_cub` has it
-    assert {file.stem[-1] for file in splits["test"][0]} == {"0"}
-
-
 @pytest.mark.parametrize("table", ["images", "image_class_labels", "train_test_split"])
 def test_bird_tables_must_agree(tmp_path, table):
     rows = (make_cub(tmp_path) / f"{table}.txt").read_text().splitlines()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sumix_nb.data import loaders
 from sumix_nb.data.loaders import STATS, FileDL, ImageDataLoaders, ImageSet, TensorDL, balanced_subset
-from sumix_nb.data.loaders import check_memory, choose_images, get_dls, hold_out, limits_of
+from sumix_nb.data.loaders import check_memory, choose_images, get_dls, limits_of
 from sumix_nb.data.sources import SOURCES, read_digits, read_folders
 from tests.data.oracles import MAKERS, NAMES, tiny_model, write_image
 
@@ -30,8 +30,6 @@ def same(first, second):
     pairs = zip(first, second, strict=True)
     return all(torch.equal(a, b) for one, two in pairs for a, b in zip(one, two, strict=True))
 
-
-# --- which images -----------------------------------------------------------------------------------
 
 targets = hnp.arrays(np.int64, st.integers(1, 40), elements=st.integers(0, 4)).map(torch.from_numpy)
 
@@ -51,17 +49,6 @@ def test_balanced_subset_is_as_equal_as_possible(target, limit, seed):
 def test_a_subset_has_an_image(limit):
     with pytest.raises(ValueError, match="`limit` must be at least 1"):
         balanced_subset(torch.tensor([0, 0, 1, 1]), limit, torch.Generator())
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.99])
-def test_hold_out_is_stratified(fraction):
-    target = torch.tensor([0] * 40 + [1] * 8 + [2] * 2)[torch.randperm(50)]
-    held = hold_out(target, fraction, torch.Generator().manual_seed(0))
-    counts = torch.bincount(target[held], minlength=3).tolist()
-    for n, n_held in zip((40, 8, 2), counts, strict=True):
-        assert 1 <= n_held <= n - 1 and abs(n_held - n * fraction) <= 1
-    assert torch.equal(held, hold_out(target, fraction, torch.Generator().manual_seed(0)))
-    assert not torch.equal(held, hold_out(target, fraction, torch.Generator().manual_seed(1)))
 
 
 def test_valid_fraction_leaves_the_test_split_alone(folders):
@@ -102,24 +89,18 @@ def test_one_image_in_a_class_cannot_be_held_out(folders):
         get_dls("cifar10", path=folders, bs=5, valid=0.1)
 
 
-# --- wrong arguments --------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("arguments, error, text", [
     (dict(name="cifar-10"), ValueError, "`name` must be one of ('digits', 'scenes', 'cifar10',"),
     (dict(name=None), ValueError, "`name` must be one of"),
-    (dict(name=["digits"]), ValueError, "`name` must be one of"),
     (dict(bs=0), ValueError, "`bs` must be at least 1, got 0"),
     (dict(bs=2.5), TypeError, "`bs` must be a whole number"),
-    (dict(bs=None), TypeError, "`bs` must be a whole number"),
     (dict(bs=True), TypeError, "`bs` must be a whole number"),
     (dict(bs=1798), ValueError, "`bs` is 1798, but there are only 1442 training images"),
     (dict(bs=11, limit=10), ValueError, "only 10 training images"),
     (dict(device="gpu"), ValueError, "`device` must be one that PyTorch finds here, got 'gpu': Expected"),
     (dict(size=0), ValueError, "`size` must be at least 1"),
-    (dict(size="32"), TypeError, "`size` must be a whole number"),
     (dict(seed=-1), ValueError, "`seed` must be in [0, 4294967295]"),
     (dict(seed=2**70), ValueError, "`seed` must be in"),
-    (dict(seed=None), TypeError, "`seed` must be a whole number"),
     (dict(limit=0), ValueError, "`limit` must be at least 1"),
     (dict(limit=10.), TypeError, "`limit` must be a whole number"),
     (dict(limit=(5, 0)), ValueError, "`limit` must be at least 1, got 0"),
@@ -127,16 +108,13 @@ def test_one_image_in_a_class_cannot_be_held_out(folders):
     (dict(limit=(1, 2, 3)), ValueError, "`limit` must be a number or a pair (training, validation)"),
     (dict(valid="train"), ValueError, '`valid` must be "test" or a fraction'),
     (dict(valid=0), ValueError, "between 0 and 1, got 0"),
-    (dict(valid=1.), ValueError, "between 0 and 1"),
     (dict(valid=float("nan")), ValueError, "between 0 and 1"),
-    (dict(valid=None), TypeError, "`valid`"),
     (dict(valid=True), TypeError, "`valid`"),
     (dict(valid=[0.1]), TypeError, "`valid`"),
     (dict(path="somewhere"), ValueError, "`path` has no meaning for digits"),
     (dict(view="vit"), ValueError, "`view` must be one of"),
     (dict(stats="own"), ValueError, "`stats` must be one of"),
     (dict(workers=-1), ValueError, "`workers` must be at least 0"),
-    (dict(workers=1.5), TypeError, "`workers` must be a whole number"),
     (dict(drop_last="no"), TypeError, "`drop_last` must be True or False"),
 ])
 def test_wrong_arguments(arguments, error, text):
@@ -159,17 +137,11 @@ def test_too_little_memory_is_noticed_before_decoding(monkeypatch):
     monkeypatch.setattr(loaders.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
     monkeypatch.setattr(loaders, "decode_images", lambda *args: pytest.fail("nothing may be decoded"))
     with pytest.raises(MemoryError, match="1797 decoded images of 32 x 32"): get_dls("digits")
-
-
-def test_too_little_memory_of_a_card_is_noticed_too(monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**9))
-    card = torch.device("cuda:1")
-    with pytest.raises(MemoryError, match="1797 decoded images of 32 x 32"): check_memory(1797, 32, card)
-    check_memory(300, 32, card)
-    check_memory(1797, 32, torch.device("cpu"))
+    with pytest.raises(MemoryError): check_memory(1797, 32, torch.device("cuda:1"))
+    check_memory(300, 32, torch.device("cuda:1"))
 
-
-# --- batches ----------------------------------------------------------------------------------------
 
 def digits(seed=3): return get_dls("digits", bs=64, seed=seed, limit=300, device="cpu")
 
@@ -236,6 +208,8 @@ def test_batches_have_fastai_types_and_the_right_values(folders):
     assert type(images) is TensorImage and type(target) is TensorCategory
     assert images.dtype == torch.float32 and target.dtype == torch.int64 and images.is_contiguous()
     assert list(dls.vocab) == NAMES and dls.valid.bs == 20 and len(dls.valid) == 2
+    assert dls.train.after_batch[0].flip and dls.train.after_batch[0].pad == 4
+    assert not digits().train.after_batch[0].flip and digits().train.after_batch[0].pad == 2
     for channel, expected in ((0, 10 * target), (2, torch.zeros(10))):  # images of one colour
         values = images[:, channel, 0, 0].as_subclass(torch.Tensor)
         raw = (values * source.std[channel] + source.mean[channel]) * 255
@@ -254,22 +228,6 @@ def test_augmentation_reaches_training_batches_and_no_others():
     unmoved, moved = plain.one_batch()[0], dls.train.new(shuffle=False).one_batch()[0]
     differs = (unmoved - moved).abs().amax((1, 2, 3)) > 0
     assert 0.9 < differs.float().mean() < 1.01
-
-
-def test_num_workers_is_ignored_and_unique_works():
-    dls = get_dls("digits", bs=10, limit=40, device="cpu")
-    loader = dls.train.new(num_workers=4)
-    assert loader.num_workers == 1 and loader.fake_l.num_workers == 0
-    assert next(iter(loader))[0].shape[0] == 10
-    dls.train.show_batch(unique=True, max_n=3, show=False)
-
-
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
-def test_sets_whose_labels_survive_a_mirror(folders, name):
-    assert SOURCES[name].flip == (name != "digits") and SOURCES["scenes"].flip
-    path = folders if name == "cifar10" else None
-    augment = get_dls(name, path=path, bs=10, size=16, device="cpu").train.after_batch[0]
-    assert augment.flip == SOURCES[name].flip and augment.pad == SOURCES[name].pad // 2
 
 
 @pytest.mark.parametrize("size", [1, 7, 33])
@@ -329,25 +287,13 @@ def test_gpu_sees_the_same_batches():
         assert torch.equal(target.cpu(), target_cpu)
 
 
-# --- a real Learner ---------------------------------------------------------------------------------
-
-def trained(folders):
+@pytest.fixture
+def learn(folders):
     torch.manual_seed(0)
     dls = get_dls("cifar10", path=folders, bs=20, device="cpu")
     learn = Learner(dls, tiny_model(), metrics=accuracy, path=folders)
     with learn.no_logging(): learn.fit(2, 1e-2)
     return learn
-
-
-@pytest.fixture
-def learn(folders): return trained(folders)
-
-
-def test_loss_function_is_found_and_training_repeats(learn, folders):
-    again = trained(folders)
-    assert again.recorder.values == learn.recorder.values
-    for first, second in zip(learn.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(first, second)
 
 
 def test_test_dl_takes_paths_images_and_tensors(learn, folders):
@@ -381,7 +327,6 @@ def test_test_dl_with_labels(learn, folders):
     (["nowhere.png"], FileNotFoundError, "nowhere.png"),
     (torch.zeros(2, 3, 32, 32), ValueError, "uint8"),
     (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), ValueError, "`items` must be images (3, 32, 32)"),
-    (torch.zeros(3, 32, 32, dtype=torch.uint8), ValueError, "`items` must be images (3, 32, 32)"),
 ])
 def test_test_dl_errors(items, error, text):
     dls = get_dls("digits", limit=100, device="cpu")
@@ -401,14 +346,6 @@ def test_predict_and_show(learn, folders, tmp_path):
     learn.dls.test_dl([tmp_path / "photo.jpg"]).show_batch()
     learn.show_results(max_n=4)
     plt.close("all")
-
-
-def test_decode_batch_gives_back_the_bytes(learn):
-    batch = learn.dls.valid.one_batch()
-    decoded, part = learn.dls.valid.decode_batch(batch, max_n=12), learn.dls.valid_ds
-    for (image, label), original, index in zip(decoded, part.images[:12], part.target[:12], strict=True):
-        assert label == NAMES[index]
-        assert (image.long() - original.long()).abs().max() <= 1  # fastai truncates
 
 
 def test_export_holds_no_images(folders, tmp_path):
