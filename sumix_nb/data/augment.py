@@ -12,25 +12,25 @@ from fasttransform import DisplayedTransform
 
 # %% ../../nbs/data/10_augment.ipynb #15d8bba5
 def reflect_index(
-    index:torch.Tensor, # Whole numbers, at most `size - 1` outside of 0 .. size-1
+    index:torch.Tensor, # Whole numbers, at most `size - 1` outside of 0 ... size-1
     size:int, # Number of rows or columns
-)->torch.Tensor: # Same shape, in 0 .. size-1
-    "Index inside the image that a mirror at the border shows at `index`; the border itself is not repeated"
+)->torch.Tensor: # Same shape, in 0 ... size-1
+    "Index inside the image that a mirror at the border shows at `index`"
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 # %% ../../nbs/data/10_augment.ipynb #b44030c2
 def crop_flip(
     images:torch.Tensor, # (N, C, H, W), any dtype
-    offset:torch.Tensor, # (N, 2) first row and column of each window in the padded image, 0 .. 2*pad
+    offset:torch.Tensor, # (N, 2) first row and column of each window, 0 ... 2*pad
     flip:torch.Tensor, # (N,) bool, True mirrors left to right
     pad:int, # Pixels added on every side, less than H and W
 )->torch.Tensor: # (N, C, H, W), a new tensor
-    "Reflect-pad every image by `pad`, cut its window, mirror it; `ValueError` if `pad` or a shape does not fit"
+    "Reflect-pad every image by `pad`, cut its window, mirror it"
     n, channels, height, width = images.shape
     if not 0 <= pad < min(height, width):
-        raise ValueError(f"`pad` must be at least 0 and below height and width ({height} x {width}), got {pad}")
+        raise ValueError(f"`pad` must be at least 0, and below height and width, got {pad}")
     if offset.shape != (n, 2) or flip.shape != (n,):
-        raise ValueError(f"`offset` and `flip` must have shapes ({n}, 2) and ({n},) for {n} images, "
+        raise ValueError(f"`offset` and `flip` must have shapes ({n}, 2) and ({n},), "
                          f"got {tuple(offset.shape)} and {tuple(flip.shape)}")
     rows, cols = (torch.arange(side, device=images.device) for side in (height, width))
     cols = torch.where(flip[:, None], width - 1 - cols, cols)
@@ -45,14 +45,14 @@ def sample_crop_flip(
     pad:int, # Largest move in pixels, in each direction
     flip:bool=True, # Mirror half of the images?
     generator:torch.Generator|None=None, # CPU generator; the global one by default
-)->tuple[torch.Tensor, torch.Tensor]: # offset (N, 2) in 0 .. 2*pad, flip (N,) bool
+)->tuple[torch.Tensor, torch.Tensor]: # offset (N, 2) in 0 ... 2*pad, flip (N,) bool
     "Draws for `crop_flip`: every window equally likely, every image mirrored with probability 1/2"
     offset = torch.randint(2 * pad + 1, (n, 2), generator=generator)
     return offset, torch.rand(n, generator=generator) < (0.5 if flip else 0)
 
 # %% ../../nbs/data/10_augment.ipynb #c39ed34b
 class RandomCropFlip(DisplayedTransform):
-    "Reflect crop and mirror of a batch, with draws from `generator`; like any fastai transform of split 0, train only"
+    "Reflect crop and mirror of training batches, with draws from `generator`"
     split_idx = 0
     def __init__(self,
         pad:int, # Largest move in pixels

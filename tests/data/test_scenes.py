@@ -1,16 +1,10 @@
 "Drawn images with masks, and photographs with masks"
-import math
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sumix_nb.data.scenes import CHUNK, CLASSES, SHAPES, TEXTURES, MaskedImages, draw_objects, pets, scenes
-
-
-def test_there_are_enough_classes_and_each_shares_shape_or_texture_with_others():
-    assert len(CLASSES) == len(set(CLASSES)) == len(SHAPES) * len(TEXTURES) >= 20
 
 
 @pytest.mark.parametrize("n", [1, CHUNK, CHUNK + 1])
@@ -51,16 +45,6 @@ def test_texture_changes_colours_and_not_the_outline():
     colors = first.view(len(SHAPES), len(TEXTURES), -1)
     for a in range(len(TEXTURES)):
         for b in range(a): assert (colors[:, a] != colors[:, b]).any(1).all()
-
-
-def test_masks_are_as_large_as_their_shapes_whatever_the_texture():
-    found = scenes(3000, cut_off=0.0)
-    area = found.masks.double().mean((1, 2, 3))
-    squared_radius = (0.4**3 - 0.2**3) / 3 / 0.2  # mean square of a radius between 0.2 and 0.4
-    for shape, unit in {"disc": math.pi * 0.95**2, "square": 1.4**2, "triangle": 3 * math.sqrt(3) / 4}.items():
-        for texture in TEXTURES:
-            mean = area[found.target == CLASSES.index(f"{texture} {shape}")].mean().item()
-            assert mean == pytest.approx(unit * squared_radius, rel=0.14), (texture, shape)
 
 
 @pytest.mark.parametrize(("arguments", "error", "pattern"), [
@@ -105,11 +89,5 @@ def test_pets_keep_mask_and_photograph_together(tmp_path):
     assert found.masks[1, 0, :, 20:].all() and not found.masks[1, 0, :, :20].any()
 
 
-def test_pets_that_are_missing_or_damaged(tmp_path):
+def test_pets_that_are_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="download=True"): pets(tmp_path)
-    base = tmp_path / "oxford-iiit-pet"
-    write_pet(base, "pug_1", (40, 40), (1, 9, 1, 9))
-    (base / "annotations" / "test.txt").write_text("pug_1 1 2 1\n")
-    assert len(pets(tmp_path)) == 1
-    (base / "annotations" / "trimaps" / "pug_1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="pug_1"): pets(tmp_path)
