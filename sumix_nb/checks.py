@@ -81,7 +81,7 @@ def check_batch(
 def check_generator(
     generator:torch.Generator|None, # The source of randomness handed to a mixer
 )->None:
-    "None, or a generator on the CPU: mixers draw there, so that every device mixes alike"
+    "None, or a generator on the CPU, where all mixers draw: so every device gives the same mixture"
     kind = type(generator).__name__
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"`generator` must be a torch.Generator or None, got {kind}")
