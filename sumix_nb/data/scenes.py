@@ -18,7 +18,7 @@ from torchvision.datasets import OxfordIIITPet
 from torchvision.transforms import v2
 
 from ..checks import check_number, check_whole
-from ..mixers.mixed import uniform
+from ..mixers.resizemix import uniform
 
 # %% ../../nbs/data/60_scenes.ipynb #931b89eb
 def polygon(

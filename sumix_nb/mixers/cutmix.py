@@ -22,7 +22,7 @@ def within(
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #b33fcadb
 def scaled_box(
-    scale:float|Tensor, # Side of the box as a share of the image's, in [0, 1]: a number, or (N,) float64
+    scale:float|Tensor, # Side of the box by the image's, in [0, 1]: a number, or (N,) float64
     height:int, # Image height H, pixels
     width:int, # Image width W, pixels
     center:tuple, # Box centre (row, column), pixels: two integers, or two (N,) tensors

@@ -66,10 +66,8 @@ class Mixed:
 
 # %% ../../nbs/mixers/10_mixed.ipynb #4e626bab
 @patch
-def check(self:Mixed,
-    values:bool=True, # Compare values, too, where that is free?
-)->None:
-    "`ValueError` or `TypeError` unless all parts belong to one batch"
+def check(self:Mixed, values:bool=True)->None:
+    "An error unless all parts belong to one batch, by shapes and, where that is free, by `values`"
     n, (height, width) = len(self.images), self.images.shape[2:]
     for name in ("target_a", "target_b", "lam", "partner", "drawn"):
         part = getattr(self, name)
@@ -98,10 +96,8 @@ def check(self:Mixed,
 
 # %% ../../nbs/mixers/10_mixed.ipynb #03ddf0d0
 @patch
-def to(self:Mixed,
-    device:str|torch.device, # Where all parts shall be
-)->Mixed: # The same record there
-    "The record on another device; a copy to a GPU does not wait for it"
+def to(self:Mixed, device:str|torch.device)->Mixed:
+    "The same record on another device; a copy to a GPU does not wait for it"
     device = torch.device(device)
     parts = {name: part.to(device, non_blocking=device.type != "cpu")
              for name, part in vars(self).items() if isinstance(part, Tensor)}
@@ -117,8 +113,8 @@ def soft_target(self:Mixed,
     pair, lam = (self.target_a, self.target_b), self.lam.float()[:, None]
     if self.target_a.ndim == 1 and not self.target_a.is_floating_point():
         if self.target_a.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_whole("target_a", self.target_a.min().item(), 0, num_classes - 1)
-            check_whole("target_a", self.target_a.max().item(), 0, num_classes - 1)
+            ends = [end.item() for end in self.target_a.aminmax()]
+            for label in ends: check_whole("target_a", label, 0, num_classes - 1)
         pair = (F.one_hot(target.long(), num_classes) for target in pair)
     elif self.target_a.shape[1:] != (num_classes,):
         rule, got = f"soft labels of {num_classes} classes", tuple(self.target_a.shape)
@@ -162,17 +158,14 @@ class Mixer:
         target_b = target.index_select(0, partner)
         return Mixed(mixed, target, target_b, lam, partner, mask, drawn, checked=True)
 
-    def draw(self,
-        size:int, # 1 or N
-        generator:torch.Generator|None, # The source of randomness
-    )->Tensor: # (size,) float64 on the CPU
-        "The wanted shares, 1 where the coin `p` says not to mix"
+    def draw(self, size, generator):
+        "The (1|N,) wanted shares, float64 on the CPU, 1 where the coin `p` says not to mix"
         lam = self.sample(size, generator)
         if self.p == 1: return lam
         return torch.where(torch.rand(size, generator=generator, device="cpu") < self.p, lam, 1.0)
 
     def sample(self, size, generator):
-        "The shares before the coin, as `draw` takes and returns them"
+        "The shares before the coin"
         return sample_lam(self.alpha, size, generator)
 
     def mix(self,
