@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PRECISION', 'SHAPES', 'numbered_images', 'same', 'check_record', 'check_pixels', 'check_share', 'seeded',
-           'check_repeatable', 'check_input_untouched', 'check_types', 'check_devices', 'check_ends', 'check_mixer']
+           'check_repeatable', 'check_input', 'check_types', 'check_devices', 'check_ends', 'check_mixer']
 
 # %% ../../nbs/mixers/80_checking.ipynb #f4fd5b08
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def check_repeatable(
     assert differ, "ten seeds gave the same images"
 
 # %% ../../nbs/mixers/80_checking.ipynb #5e62a9d2
-def check_input_untouched(mix:Callable, images:Tensor, target:Tensor)->None:
+def check_input(mix:Callable, images:Tensor, target:Tensor)->None:
     "Mixing by what `seeded` returned changes neither images nor targets, and shares no memory"
     kept, kept_target = images.clone(), target.clone()
     for seed in range(5):
@@ -218,7 +218,7 @@ def check_mixer(
         indices, soft = (torch.randint(10, (n,), generator=generator),
                          torch.rand(n, 4, generator=generator))
         check_record(images, indices, mix(images.clone(), indices, 0))
-        check_input_untouched(mix, images, indices)
+        check_input(mix, images, indices)
         for seed, target in enumerate((indices, soft, soft.round()) * 2):
             mixed = mix(images, target, seed)
             check_record(images, target, mixed)

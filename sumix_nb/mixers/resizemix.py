@@ -6,7 +6,6 @@
 __all__ = ['RESIZE_MODES', 'shrink', 'paste', 'source_lines', 'pick', 'paste_resized', 'uniform', 'check_range', 'ResizeMix']
 
 # %% ../../nbs/mixers/40_resizemix.ipynb #a485f910
-import math
 from dataclasses import dataclass
 
 import torch
