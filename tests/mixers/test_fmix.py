@@ -1,4 +1,4 @@
-"FMix: clouds against NumPy's transform, and masks with the right number of pixels"
+"FMix: damping, ties, and flags"
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"Dice, the record, the frame and MixUp: what is drawn, that a record cannot lie, and what is skipped"
+"Dice, the record, the frame and blending: what is drawn, that a record cannot lie, and what is skipped"
 from dataclasses import replace
 
 import pytest
