@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PRECISION', 'SHAPES', 'numbered_images', 'same', 'check_record', 'check_pixels', 'check_share', 'seeded',
-           'check_repeats', 'check_input', 'check_types', 'check_devices', 'check_ends', 'check_mixer']
+           'check_dice', 'check_input', 'check_types', 'check_devices', 'check_ends', 'check_mixer']
 
 # %% ../../nbs/mixers/80_checking.ipynb #f4fd5b08
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def seeded(
     return mix
 
 # %% ../../nbs/mixers/80_checking.ipynb #2e1a1621
-def check_repeats(
+def check_dice(
     mix:Callable, # What `seeded` made of a mixer
     images:Tensor, # (N, C, H, W), N of at least 2
     target:Tensor, # (N, ...)
@@ -224,7 +224,7 @@ def check_mixer(
             check_record(images, target, mixed)
             check_pixels(images, mixed, moves)
             check_share(mixed, tolerance)
-        if n > 2 and min(shape[2:]) > 1: check_repeats(mix, images, indices)
+        if n > 2 and min(shape[2:]) > 1: check_dice(mix, images, indices)
         if isinstance(mixer, Mixer): check_ends(mixer, images, moves, model)
     images, target = torch.randn(shapes[0], generator=generator), torch.arange(shapes[0][0])
     check_types(mix, images, target)
