@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sumix_nb.running import shell as command_line
-from sumix_nb.studies.ablations import run_ablations
 from sumix_nb.training.resume import Preempted
 from sumix_nb.running.shell import option_parser, read_recipe, read_valid, sumix_train
 from sumix_nb.running.grid import sumix_grid
@@ -75,8 +74,7 @@ OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", 
 
 def test_the_pages_name_only_options_that_exist():
     known = {word for action in option_parser()._actions for word in action.option_strings}
-    known |= {f"--{name.replace('_', '-')}" for name in signature(sumix_grid).parameters}
-    known |= {f"--{name.replace('_', '-')}" for name in signature(run_ablations).parameters} | OTHERS
+    known |= {f"--{name.replace('_', '-')}" for name in signature(sumix_grid).parameters} | OTHERS
     named = {}
     for notebook in (ROOT / "nbs").rglob("*.ipynb"):
         for cell in json.loads(notebook.read_text())["cells"]:
