@@ -144,9 +144,9 @@ def label_errors(
             found[label]["scaled"] = [round(error, 4) for error in errors]
         gain = ((lam - truth).abs() - (share - truth).abs()).nan_to_num()
         facts = torch.stack([share, *mixtures.beliefs], 1)
-        for key, rows in (("harmed", gain.argsort()), ("helped", gain.argsort(descending=True))):
-            found[label][key] = [[row, *(round(value, 3) for value in facts[row].tolist())]
-                                 for row in rows[:6].tolist()]
+        for key, descending in (("harmed", False), ("helped", True)):
+            rows = gain.argsort(descending=descending)[:6].tolist()
+            found[label][key] = [[row, *(round(x, 3) for x in facts[row].tolist())] for row in rows]
     return found
 
 # %% ../../nbs/evaluation/30_label_errors.ipynb #a0b09a0a

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
-from ..checks import check_number
 from ..data.scenes import MaskedImages
 from ..data.sources import SOURCES, decode_images, find_root, read_folders
 from ..evaluation.label_errors import Mixtures, distance_gaps, label_errors
@@ -30,12 +29,8 @@ def objects_on_white(
     images:Tensor, # (M, 3, H, W) uint8
     target:Tensor, # (M,) class indices
     vocab:tuple, # Names of the classes
-    border:float=0.95, # Least share of the border that must be white, in [0, 1]
-    area:tuple=(0.05, 0.6), # Least and greatest share of the image that is not white
 )->MaskedImages: # The images that qualify, in their order
     "Photographs on a white background, with masks of what is not white"
-    for name, value in (("border", border), ("area", area[0]), ("area", area[1])):
-        check_number(name, value, 0, 1)
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(target):
         got = f"{images.dtype} {tuple(images.shape)} and {len(target)} targets"
         raise ValueError(f"`images` must be uint8 (M, 3, H, W) with a target each, got {got}")
@@ -43,7 +38,7 @@ def objects_on_white(
     frame = torch.ones(images.shape[2:], dtype=torch.bool)
     frame[1:-1, 1:-1] = False
     white, share = 1 - is_object[:, 0, frame].float().mean(1), is_object.float().mean((1, 2, 3))
-    chosen = (white >= border) & (share >= area[0]) & (share <= area[1])
+    chosen = (white >= 0.95) & (share >= 0.05) & (share <= 0.6)
     if not chosen.any(): raise ValueError("`images` must hold photographs on white, got none")
     return MaskedImages(images[chosen], target[chosen], is_object[chosen], tuple(vocab))
 

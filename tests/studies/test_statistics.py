@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sumix_nb.studies.statistics import accuracies, paired_differences, paired_interval, paired_table, with_interval
+from sumix_nb.studies.statistics import paired_differences, paired_interval, paired_table, with_interval
 
 VALUES = pd.DataFrame({"base": {0: 50.0, 1: 51.0, 2: 52.0}, "up": {0: 51.0, 1: 51.5, 2: 53.5},
                        "one": {2: 40.25, 9: 1.0}, "two": {0: 51.0, 1: 51.5}, "none": {9: 2.0}}).sort_index()
@@ -19,13 +19,6 @@ def draws(n, seed=0, mean=0.4, spread=0.7):
     return [dice.gauss(mean, spread) for _ in range(n)]
 
 
-def test_accuracies_by_seed_and_arm():
-    runs = {"a": {3: {"accuracy": 0.5}, 1: {"accuracy": 0.25}}, "b": {1: {"accuracy": 1.0}}}
-    found = accuracies(runs)
-    assert list(found.index) == [1, 3] and list(found) == ["a", "b"]
-    assert found["a"].tolist() == [25, 50] and found["b"].dropna().to_dict() == {1: 100}
-
-
 def test_only_shared_seeds_make_pairs():
     before = VALUES.copy()
     assert paired_differences(VALUES, "up", "base").to_dict() == {0: 1.0, 1: 0.5, 2: 1.5}
@@ -34,8 +27,8 @@ def test_only_shared_seeds_make_pairs():
     pd.testing.assert_frame_equal(VALUES, before)
 
 
-@pytest.mark.parametrize("arm, base, message", [("up", "none", "share a seed"), ("puzzle", "up", "`arm` must be one of"),
-                                                ("up", "puzzle", "`base` must be one of")])
+@pytest.mark.parametrize("arm, base, message", [
+    ("up", "none", "share a seed"), ("puzzle", "up", "`arm` must be one of"), ("up", "puzzle", "`base` must be")])
 def test_unknown_arms_and_pairs_without_a_seed_are_named(arm, base, message):
     for call in (paired_differences, lambda values, *pair: paired_table(values, [pair])):
         with pytest.raises(ValueError, match=message): call(VALUES, arm, base)
@@ -53,13 +46,6 @@ def test_students_interval_against_scipy(n, level):
     values = draws(n, seed=n)
     expected = stats.ttest_1samp(values, 0).confidence_interval(level)
     np.testing.assert_allclose(paired_interval(values, level), (expected.low, expected.high))
-
-
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_an_interval_without_0_is_a_significant_t_test(n):
-    seen = [low > 0 or high < 0 for low, high in (paired_interval(draws(n, seed, spread=0.3)) for seed in range(60))]
-    expected = [stats.ttest_1samp(draws(n, seed, spread=0.3), 0).pvalue < 0.05 for seed in range(60)]
-    assert seen == expected and 0 < sum(seen) < 60
 
 
 @pytest.mark.parametrize("value", [0.0, -0.25, 0.1, 1e6])
