@@ -37,7 +37,7 @@ def study_runs(
 def gains(
     values:pd.DataFrame, # A row for each seed, a column for each arm, e.g. from `accuracies`
 )->pd.DataFrame: # A row for each seed, a column for each arm with SUMix
-    "What SUMix adds to its mixer in each seed that both have; arms without such a seed are left out"
+    "What SUMix adds to its mixer in each seed that both have; arms without one are left out"
     bases = {arm: arm.split(" + ")[0] for arm in values if "SUMix" in arm}
     found = {arm: values[arm] - values[base] for arm, base in bases.items() if base in values}
     return pd.DataFrame(found, index=values.index).dropna(axis=1, how="all")

@@ -67,7 +67,7 @@ def move_box(
     lam:float=0.5, # Wanted share of the first image
 )->dict[str, Tensor]: # "lam", "visible", "truth" and lambda~ by its names, each (rows, columns)
     "All mixtures of two images with one box, wholly inside, at each place"
-    if not data.masks[first].any(): raise ValueError(f"`first` must show an object, got row {first}")
+    if not data.masks[first].any(): raise ValueError(f"`first` must show an object: {first}")
     (height, width), device = data.images.shape[2:], next(model.parameters()).device
     top, bottom, left, right = mixing_box(lam, height, width, (height // 2, width // 2))
     tall, wide = bottom - top, right - left

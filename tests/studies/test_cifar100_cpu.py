@@ -99,7 +99,8 @@ def expected_tables():
     differences = []
     for arm, pairs in added.items():
         mean, half = sum(pairs) / len(pairs), strict * common / math.sqrt(len(pairs))
-        differences.append([arm, str(len(pairs)), " ".join(interval(pairs)), f"[{mean - half:+.2f}, {mean + half:+.2f}]"])
+        strictly = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
+        differences.append([arm, str(len(pairs)), " ".join(interval(pairs)), strictly])
     return rows, differences, errors
 
 
