@@ -60,4 +60,4 @@ def study_table(
     columns = ["seeds", "without", "with SUMix", "difference [95 % interval]",
                "poster (without, with)"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    return table.rename_axis(columns="mixer")
+    return table.rename_axis("mixer")

@@ -108,7 +108,8 @@ def tables(text):
     "The rows of each Markdown table, without head"
     found = []
     for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
-        found.append([[cell.strip() for cell in line[1:-1].split("|")] for line in block.strip().splitlines()[2:]])
+        found.append([[re.sub(r"\\(.)", r"\1", cell.strip()) for cell in line[1:-1].split("|")]  # escaped
+                      for line in block.strip().splitlines()[2:]])
     return found
 
 
