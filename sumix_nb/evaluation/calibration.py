@@ -17,13 +17,15 @@ def reliability_sums(
     logits:Tensor, # (N, K) class logits
     target:Tensor, # (N,) class indices
     bins:int=10, # Number of bins M of equal width
-)->Tensor: # (M, 3) float32: answers, right ones, and sum of confidences, on the device of `logits`
-    "Counts of each bin of confidence (m/M, (m+1)/M]; `ValueError` for shapes that do not fit"
+)->Tensor: # (M, 3) float32 on the device of `logits`: answers, right ones, sum of confidences
+    "Counts of each bin of confidence (m/M, (m+1)/M]"
     check_whole("bins", bins, 1)
     if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"`logits` must be floating point of shape (N, K), got {logits.dtype} {tuple(logits.shape)}")
-    if target.shape != logits.shape[:1] or target.is_floating_point():
-        raise ValueError(f"`target` must be {len(logits)} class indices, got {target.dtype} {tuple(target.shape)}")
+        raise ValueError(f"`logits` must be float (N, K), got {logits.dtype} {tuple(logits.shape)}")
+    (n, k), known = logits.shape, target.device.type == "cpu"  # looking is free there
+    if (target.shape != (n,) or target.is_floating_point()
+            or known and not ((target >= 0) & (target < k)).all()):
+        raise ValueError(f"`target` must be {n} class indices in [0, {k - 1}], got {target}")
     confidence, answer = logits.float().softmax(1).max(1)
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counted = torch.stack([torch.ones_like(confidence), (answer == target).float(), confidence], 1)
@@ -41,7 +43,7 @@ def reliability_curve(
 def calibration_error(
     curve:list[dict], # From `reliability_curve`
 )->float: # In [0, 1]
-    "Expected calibration error (Guo et al., 2017, Eq. 3); `ValueError` without answers"
+    "Expected calibration error (Guo et al., 2017, Eq. 3)"
     if not curve: raise ValueError("`curve` must have a bin with answers, got none")
     off = sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in curve)
     return off / sum(part["n"] for part in curve)
@@ -52,12 +54,12 @@ def plot_reliability(
     ax=None, # Axes to draw on; a new figure by default
 )->plt.Axes: # The axes drawn on
     "Accuracy against confidence, a line for each curve"
-    if ax is None: ax = plt.subplots(figsize=(3.2, 2.8), layout="constrained")[1]
+    if ax is None: ax = plt.subplots(figsize=(4.5, 4), layout="constrained")[1]
     ax.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     for label, curve in curves.items():
         x, y, n = ([part[key] for part in curve] for key in ("confidence", "accuracy", "n"))
         line, = ax.plot(x, y, linewidth=1, label=f"{label} (ECE {calibration_error(curve):.3f})")
         ax.scatter(x, y, [100 * count / sum(n) for count in n], color=line.get_color())
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.legend(fontsize="x-small")
+    ax.legend(fontsize=8)
     return ax

@@ -25,26 +25,26 @@ def visible_objects(
     *,
     model=None, # The network, for mixers that look at it
     generator:torch.Generator|None=None, # A CPU generator; PyTorch's global one by default
-)->tuple[Mixed, Tensor, Tensor]: # The mixture, and (N,) float32 visible object pixels of the first and second images
-    "Mix, and count; `ValueError` for masks that do not fit, or a mixer that moves pixels by what they show"
-    if masks.dtype != torch.bool or masks.shape != (len(images), 1, *images.shape[2:]):
-        raise ValueError(f"`masks` must be bool of the shape {(len(images), 1, *images.shape[2:])}, got {masks.dtype} "
-                         f"{tuple(masks.shape)}")
+)->tuple[Mixed, Tensor, Tensor]: # The mixture; (N,) float32 visible object pixels of both images
+    "Mix and count; `ValueError` for a mixer that moves pixels by what they show"
+    expected, got = (len(images), 1, *images.shape[2:]), tuple(masks.shape)
+    if masks.dtype != torch.bool or got != expected:
+        raise ValueError(f"`masks` must be bool of the shape {expected}, got {masks.dtype} {got}")
     check_generator(generator)
-    dice = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator, device="cpu")))
-    state = dice.get_state()
-    mixed = mixer(images, target, model=model, generator=dice)
-    dice.set_state(state)
+    seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
+    draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    mixed = mixer(images, target, model=model, generator=draws[0])
     objects = masks.float().expand(-1, images.shape[1], -1, -1).contiguous()
-    replay = mixer(objects, target, model=model, generator=dice)
+    replay = mixer(objects, target, model=model, generator=draws[1])
     weight = mixed.lam.view(-1, 1, 1, 1) if mixed.mask is None else mixed.mask
     first = (weight * objects)[:, :1]
     pairs = [(getattr(mixed, part), getattr(replay, part)) for part in ("partner", "lam", "mask")]
-    if all(one is other or torch.equal(one, other) for one, other in pairs): second = replay.images[:, :1] - first
+    if all(one is other or torch.equal(one, other) for one, other in pairs):
+        second = replay.images[:, :1] - first
     else:
         try: check_pixels(images, mixed, tolerance=PRECISION[images.dtype])
         except AssertionError as error:
-            raise ValueError(f"`mixer` ({mixer}) moves pixels by what they show, so nothing can be counted") from error
+            raise ValueError(f"`mixer` must not move pixels by what they show: {mixer}") from error
         second = (1 - weight) * objects[mixed.partner][:, :1]
     return mixed, first.sum((1, 2, 3)), second.sum((1, 2, 3)).clamp(min=0)
 
@@ -52,24 +52,24 @@ def visible_objects(
 def true_ratio(
     visible_a:Tensor, # (N,) visible object pixels of the first images
     visible_b:Tensor, # (N,) those of the second
-    least:float=1.0, # Fewer visible pixels than this, in both together, are none
-)->Tensor: # (N,) in [0, 1]; NaN where no object is visible
+)->Tensor: # (N,) in [0, 1]; NaN where less than one object pixel is visible
     "lambda*, the share of the visible object pixels that belongs to the first image"
     both = visible_a + visible_b
-    return torch.where(both >= least, visible_a / both.clamp(min=least), math.nan)
+    return torch.where(both >= 1, visible_a / both.clamp(min=1), math.nan)
 
 # %% ../../nbs/evaluation/20_mismatch.ipynb #f3aa1265
 def bootstrap_weights(
     n:int, # Number of mixtures N
     repeats:int, # Bootstrap samples R
     seed:int, # Their seed
-    sources:Tensor|None=None, # (2, N) numbers of the images that each mixture is made of; None: all are different
+    sources:Tensor|None=None, # (2, N) numbers of each mixture's images; None: all are different
 )->Tensor: # (1 + R, N) float64; the first row is the data themselves, all 1
     "How often each mixture counts in each bootstrap sample"
-    generator, units = torch.Generator().manual_seed(seed), n if sources is None else int(sources.max()) + 1
+    generator = torch.Generator().manual_seed(seed)
     present = torch.arange(n) if sources is None else sources.unique()
     rows = present[torch.randint(len(present), (repeats, len(present)), generator=generator)]
-    times = torch.zeros(repeats, units, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape).double())
+    times = torch.zeros(repeats, int(present.max()) + 1, dtype=torch.float64)
+    times.scatter_add_(1, rows, torch.ones(rows.shape).double())
     weights = times if sources is None else times[:, sources[0]] * times[:, sources[1]]
     return torch.cat([torch.ones(1, n, dtype=torch.float64), weights])
 
@@ -82,26 +82,27 @@ def agreement(
     *,
     baseline:Tensor|None=None, # (N,) another label's share
     sources:Tensor|None=None, # (2, N) numbers of the images that each mixture is made of
-)->dict: # "error", "correlation" and "gain", each (value, low, high); "n"; "hidden", the share left out
-    "Mean absolute error and correlation, with 95 % intervals; `ValueError` for wrong shares or fewer than 3 mixtures"
-    for name, values in (("share", share), ("baseline", share if baseline is None else baseline)):
-        if values.ndim != 1 or values.shape != truth.shape:
-            raise ValueError(f"`{name}` and `truth` must have one shape (N,), got "
-                             f"{tuple(values.shape)} and {tuple(truth.shape)}")
-        if not ((values >= 0) & (values <= 1)).all():
-            raise ValueError(f"`{name}` must be in [0, 1], got {values.aminmax()}")
+)->dict: # "error", "correlation", "gain": (value, low, high); "n"; "hidden", share left out
+    "Mean absolute error and correlation, with 95 % intervals, and the gain over `baseline`"
+    for name, values in {"share": share, "baseline": baseline}.items():
+        if values is None: continue
+        if values.shape != truth.shape or not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"`{name}` must be shares in [0, 1], one for each truth, got {values}")
     if sources is not None and sources.shape != (2, len(truth)):
-        raise ValueError(f"`sources` must have the shape (2, {len(truth)}), got {tuple(sources.shape)}")
+        raise ValueError(f"`sources` must be (2, {len(truth)}), got {tuple(sources.shape)}")
     check_whole("repeats", repeats, 1)
     known = ~truth.isnan()
     x, y = share[known].double(), truth[known].double()
     if len(x) < 3: raise ValueError(f"`truth` must know at least 3 mixtures, got {len(x)}")
-    weights = bootstrap_weights(len(x), repeats, seed, None if sources is None else sources[:, known])
+    sources = None if sources is None else sources[:, known]
+    weights = bootstrap_weights(len(x), repeats, seed, sources)
     weights = weights / weights.sum(1, keepdim=True)
     dx, dy = (values - (weights @ values)[:, None] for values in (x, y))
-    correlation = (weights * dx * dy).sum(1) / ((weights * dx**2).sum(1) * (weights * dy**2).sum(1)).sqrt()
-    measures = {"error": weights @ (x - y).abs(), "correlation": correlation}
-    if baseline is not None: measures["gain"] = weights @ ((baseline[known].double() - y).abs() - (x - y).abs())
+    variances = (weights * dx**2).sum(1) * (weights * dy**2).sum(1)
+    measures = {"error": weights @ (x - y).abs(),
+                "correlation": (weights * dx * dy).sum(1) / variances.sqrt()}
+    if baseline is not None:
+        measures["gain"] = weights @ ((baseline[known].double() - y).abs() - (x - y).abs())
     found = {"n": len(x), "hidden": 1 - known.double().mean().item()}
     for name, values in measures.items():
         ends = values[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

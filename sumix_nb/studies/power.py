@@ -10,10 +10,10 @@ import math
 from bisect import bisect_left
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from ..checks import check_number, check_whole
-from .statistics import as_differences, check_share
+from ..checks import check_fraction, check_number, check_whole
 
 # %% ../../nbs/studies/15_power.ipynb #c5a87088
 def paired_power(
@@ -22,14 +22,14 @@ def paired_power(
     seeds:int, # Number of pairs n, at least 2
     level:float=0.95, # Level of the interval
 )->float: # Probability in [0, 1]
-    "Probability that Student's interval excludes 0, on either side; `ValueError` for a value out of its range"
+    "Probability that Student's interval excludes 0, on either side"
     check_number("effect", effect, 0, math.inf)
     check_number("spread", spread, 1e-12, math.inf)
     check_whole("seeds", seeds, 2)
-    check_share("level", level)
-    shift = min(effect / spread * math.sqrt(seeds), 1e9)  # scipy has no numbers for shifts far beyond
+    check_fraction("level", level)
+    shift = min(effect / spread * math.sqrt(seeds), 1e9)  # scipy has no numbers far beyond
     reach = stats.t.ppf((1 + level) / 2, seeds - 1)
-    below = np.nan_to_num(stats.nct.cdf(-reach, seeds - 1, shift))  # NaN where it is too small to compute
+    below = np.nan_to_num(stats.nct.cdf(-reach, seeds - 1, shift))  # NaN where it is tiny
     return float(stats.nct.sf(reach, seeds - 1, shift) + below)
 
 # %% ../../nbs/studies/15_power.ipynb #3ab93bee
@@ -39,10 +39,10 @@ def seeds_needed(
     power:float=0.8, # Wanted probability that the effect is seen
     level:float=0.95, # Level of the interval
 )->int: # At least 2
-    "Smallest number of pairs with that power; `ValueError` for a value out of its range"
+    "Smallest number of pairs with that power"
     check_number("spread", spread, 1e-12, math.inf)
     check_number("effect", effect, spread / 1000, math.inf)
-    check_share("power", power)
+    check_fraction("power", power)
     def power_of(n): return paired_power(effect, spread, n, level)
     enough = 2
     while power_of(enough) < power: enough *= 2
@@ -50,10 +50,10 @@ def seeds_needed(
 
 # %% ../../nbs/studies/15_power.ipynb #471b279b
 def pooled_spread(
-    groups:list, # Differences of each arm, as lists or by seed; an arm with a single one is left out
-)->tuple[float, int]: # Standard deviation in the unit of the differences, and its degrees of freedom
-    "Pooled standard deviation within the groups; `ValueError` if none has two differences"
-    parts = [values for values in map(as_differences, groups) if len(values) > 1]
-    if not parts: raise ValueError(f"`groups` must have one with two differences, got {len(groups)} without")
-    freedom = sum(len(values) - 1 for values in parts)
-    return math.sqrt(sum(((values - values.mean()) ** 2).sum() for values in parts) / freedom), freedom
+    groups:pd.DataFrame, # Differences: a column for each arm, NaN where there is none
+)->tuple[float, int]: # Standard deviation in their unit, and its degrees of freedom
+    "Pooled standard deviation within the groups"
+    freedom = int((groups.count() - 1).clip(lower=0).sum())
+    if not freedom: raise ValueError("`groups` must have a column with two differences, got none")
+    squares = ((groups - groups.mean()) ** 2).sum().sum()
+    return math.sqrt(squares / freedom), freedom

@@ -7,16 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sumix_nb.data.scenes import scenes
 from sumix_nb.evaluation.mismatch import agreement, true_ratio, visible_objects
 from sumix_nb.mixers.choosing import OneOf
 from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.mixers.fmix import FMix
 from sumix_nb.mixers.gridmix import GridMix, SmoothMix
-from sumix_nb.mixers.mixed import MixUp
+from sumix_nb.mixers.mixed import Mixed, MixUp
 from sumix_nb.mixers.resizemix import ResizeMix
 from sumix_nb.mixers.saliencymix import SaliencyMix
-from sumix_nb.mixers.mixed import Mixed
-from sumix_nb.data.scenes import scenes
 
 MIXERS = {"mixup": MixUp(), "cutmix": CutMix(), "fmix": FMix(per_sample=True), "soft fmix": FMix(max_soft=0.5),
           "resizemix": ResizeMix(per_sample=True), "bilinear": ResizeMix(mode="bilinear"), "smoothmix": SmoothMix(),
@@ -30,7 +29,7 @@ def draw(n=12, seed=0):
 
 
 def count(mixer, images, target, masks, seed):
-    "`visible_objects` with dice of a seed"
+    "`visible_objects` with the draws of a seed"
     return visible_objects(mixer, images, target, masks, generator=torch.Generator().manual_seed(seed))
 
 
@@ -86,11 +85,13 @@ def test_agreement_is_numpys_and_lies_in_its_interval(n, seed, hidden):
     assert str(agreement(share, truth, repeats=200)) == str(found)
 
 
-@pytest.mark.parametrize(("share", "pattern"), [
-    (torch.rand(4), "one shape"), (torch.rand(5, 1), "one shape"), (torch.full((5,), 1.2), "in \\[0, 1\\]"),
-    (torch.full((5,), math.nan), "in \\[0, 1\\]")])
-def test_shares_that_are_none_are_refused(share, pattern):
-    with pytest.raises(ValueError, match=f"`share`.*{pattern}"): agreement(share, torch.rand(5))
+@pytest.mark.parametrize("share", [torch.rand(4), torch.rand(5, 1), torch.full((5,), 1.2),
+                                   torch.full((5,), math.nan)])
+def test_other_shapes_and_values_are_refused(share):
+    for wrong, options in ((share, {}), (torch.rand(5), {"baseline": share})):
+        name = "baseline" if options else "share"
+        with pytest.raises(ValueError, match=f"`{name}` must be shares in \\[0, 1\\]"):
+            agreement(wrong, torch.rand(5), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -137,8 +138,8 @@ def test_images_are_drawn_where_sources_are_known():
     found = agreement(share, truth, repeats=300, seed=7, baseline=other, sources=sources)
     known = [i for i in range(30) if i != 4]
     images = sorted({int(sources[k, i]) for k in (0, 1) for i in known})
-    dice, values = torch.Generator().manual_seed(7), {"error": [], "gain": []}
-    for drawn in torch.randint(len(images), (300, len(images)), generator=dice).tolist():
+    draws, values = torch.Generator().manual_seed(7), {"error": [], "gain": []}
+    for drawn in torch.randint(len(images), (300, len(images)), generator=draws).tolist():
         times = {image: sum(images[row] == image for row in drawn) for image in images}
         weights = [times[int(sources[0, i])] * times[int(sources[1, i])] for i in known]
         errors = [float(abs(share[i] - truth[i])) for i in known]

@@ -4,13 +4,12 @@ import math
 import re
 import statistics
 
-import pytest
+import numpy as np
+import pandas as pd
 from scipy import stats
 
-from sumix_nb.studies.statistics import paired_interval
 from sumix_nb.running.grid import read_grid
-from sumix_nb.studies.cifar100_cpu import accuracies, arm_of, gains, pooled_intervals, poster_row, study_runs
-from sumix_nb.studies.cifar100_cpu import study_table
+from sumix_nb.studies.cifar100_cpu import arm_of, gains, study_runs, study_table
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records
 from tests.conftest import ROOT
@@ -22,11 +21,11 @@ POSTER = {"CutMix": "78.17, 79.78", "FMix": "79.69, 80.20", "SaliencyMix": "79.1
 T = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}  # 97.5 % of Student's distribution, from a printed table
 COMMON = {"data": "cifar100", "epochs": 12, "precision": "bf16", "model": "resnet18", "width": 16, "stem": "small",
           "alpha": 1.0, "per_sample": False, "p": 1.0, "xi": 0.5, "clean": "no_grad", "update_bn": True, "bs": 100,
-          "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "channels_last": True, "valid": "test", "limit": None}
-YOUNGER = {"z": "logits", "relabel": True, "mixer_options": {}, "view": None, "size": None, "stats": None,
-           "drop_last": True, "pretrained": False, "optimizer": "sgd", "schedule": "one_cycle", "min_lr": 0.0,
-           "warmup": 0.0, "clip": 0.0, "smoothing": 0.0, "spare_norms": False, "accumulate": 1, "ema": 0.0,
-           "compile": False}  # may be absent from older records
+          "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "channels_last": True, "valid": "test", "limit": None,
+          "z": "logits", "relabel": True, "mixer_options": {}, "view": None, "size": None, "stats": None,
+          "drop_last": True, "pretrained": False, "optimizer": "sgd", "schedule": "one_cycle", "min_lr": 0.0,
+          "warmup": 0.0, "clip": 0.0, "smoothing": 0.0, "spare_norms": False, "accumulate": 1, "ema": 0.0,
+          "compile": False}
 
 
 def by_hand():
@@ -34,11 +33,10 @@ def by_hand():
     found = {}
     for file in sorted((ROOT / "results").glob("*.json")):
         record = json.loads(file.read_text())
-        recipe = YOUNGER | record["recipe"]
-        mixer, method, variant, seed = (recipe.pop(name) for name in ("mixer", "method", "variant", "seed"))
-        if recipe != COMMON | YOUNGER or mixer not in NAMES or method not in ("mce", "sumix"): continue
-        if method == "mce": variant = "poster"
-        if variant == "corrected": continue
+        recipe = record["recipe"]
+        mixer, method, variant, seed = (recipe[name] for name in ("mixer", "method", "variant", "seed"))
+        other = any(recipe.get(name, value) != value for name, value in COMMON.items())
+        if other or mixer not in NAMES or method not in ("mce", "sumix") or variant == "corrected": continue
         group = found.setdefault((NAMES[mixer], method, variant), {})
         assert seed not in group, file
         group[seed] = record
@@ -101,7 +99,8 @@ def expected_tables():
     differences = []
     for arm, pairs in added.items():
         mean, half = sum(pairs) / len(pairs), strict * common / math.sqrt(len(pairs))
-        differences.append([arm, str(len(pairs)), *interval(pairs), f"[{mean - half:+.2f}, {mean + half:+.2f}]"])
+        strictly = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
+        differences.append([arm, str(len(pairs)), " ".join(interval(pairs)), strictly])
     return rows, differences, errors
 
 
@@ -109,20 +108,27 @@ def tables(text):
     "The rows of each Markdown table, without head"
     found = []
     for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
-        found.append([[cell.strip() for cell in line[1:-1].split("|")] for line in block.strip().splitlines()[2:]])
+        found.append([[re.sub(r"\\(.)", r"\1", cell.strip()) for cell in line[1:-1].split("|")]  # escaped
+                      for line in block.strip().splitlines()[2:]])
     return found
 
 
 def saved_tables():
-    "The tables that the page shows"
-    cells = json.loads(PAGE.read_text())["cells"]
-    texts = ["".join(output["data"]["text/markdown"]) for cell in cells for output in cell.get("outputs", ())
-             if "text/markdown" in output.get("data", {})]
-    return [rows for text in texts for rows in tables(text)]
+    "The tables that the page shows, without head"
+    found = []
+    for cell in json.loads(PAGE.read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            body = re.search("<tbody>(.*)</tbody>", "".join(output.get("data", {}).get("text/html", "")), re.DOTALL)
+            rows = re.findall("<tr>(.*?)</tr>", body[1], re.DOTALL) if body else []
+            if rows: found.append([re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in rows])
+    return found
 
 
 def test_every_number_in_the_tables_of_the_page_follows_from_the_files():
-    for shown, expected in zip(saved_tables(), expected_tables(), strict=True): assert sorted(shown) == sorted(expected)
+    first, *shown, floors = saved_tables()
+    for table, expected in zip(shown, expected_tables(), strict=True): assert sorted(table) == sorted(expected)
+    right = sorted(f"{100 * record['accuracy']:.1f}" for group in by_hand().values() for record in group.values())
+    assert sorted(cell for row in first for cell in row[1:] if cell != "NaN") == right and len(floors) == 12
 
 
 def test_every_number_of_the_readme_follows_from_the_files():
@@ -148,15 +154,14 @@ def test_records_are_found_by_what_was_run_and_others_left_out():
         return mixer + " + SUMix" * (method == "sumix") + f" ({variant})" * (variant != "poster")
     assert {arm: sorted(found) for arm, found in runs.items()} == {
         label(*key): seeds for key, seeds in expected.items()}
-    for arm, values in accuracies(runs).items():
-        assert values == {seed: 100 * record["accuracy"] for seed, record in runs[arm].items()}
     assert study_runs([Recipe()], records) == {}
 
 
 def test_gains_are_paired_by_seed():
-    found = gains({"CutMix": {0: 1.0, 1: 2.0, 5: 9.0}, "CutMix + SUMix": {1: 5.0, 0: 3.0}, "FMix + SUMix": {0: 1.0}})
-    assert found == {"CutMix + SUMix": {0: 2.0, 1: 3.0}}
-    assert gains({"CutMix": {0: 1.0}, "CutMix + SUMix": {1: 5.0}}) == {}
+    values = pd.DataFrame({"CutMix": {0: 1.0, 1: 2.0, 5: 9.0}, "CutMix + SUMix": {1: 5.0, 0: 3.0},
+                           "FMix + SUMix": {0: 1.0}, "MixUp": {0: 4.0}, "MixUp + SUMix": {1: 5.0}})
+    found = gains(values)
+    assert list(found) == ["CutMix + SUMix"] and found["CutMix + SUMix"].dropna().to_dict() == {0: 2.0, 1: 3.0}
 
 
 def test_pairs_saw_the_same_mixtures_on_the_same_software():
@@ -172,21 +177,11 @@ def test_pairs_saw_the_same_mixtures_on_the_same_software():
 
 
 def test_the_posters_numbers_are_beside_their_mixers():
-    assert {mixer: poster_row(mixer) for mixer in (*NAMES.values(), "GridMix")} == dict.fromkeys(
-        (*NAMES.values(), "GridMix"), "") | POSTER
-
-
-def test_pooled_intervals_by_hand():
-    groups = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 0.0, 2: 4.0}, "c": {1: 7.0}}
-    spread_of_all = math.sqrt((2 + 8) / 3)  # of 2 + 1 degrees of freedom
-    for arm, (mean, n) in {"a": (2, 3), "b": (2, 2), "c": (7, 1)}.items():
-        half = T[3] * spread_of_all / math.sqrt(n)
-        assert pooled_intervals(groups)[arm] == pytest.approx((mean - half, mean + half), rel=1e-6)
-    low, high = pooled_intervals(groups, 0.99)["a"]
-    assert (high - low) / 2 == pytest.approx(5.840909 * spread_of_all / math.sqrt(3), rel=1e-6)
-    assert pooled_intervals({"a": groups["a"]})["a"] == pytest.approx(paired_interval(groups["a"]))
-    with pytest.raises(ValueError, match="`level`"): pooled_intervals(groups, 1.0)
+    arms = [*NAMES.values(), "GridMix"]
+    found = study_table(pd.DataFrame({arm: {0: 50.0} for arm in arms}))["poster (without, with)"]
+    assert found.to_dict() == dict.fromkeys(arms, "") | POSTER
 
 
 def test_an_arm_without_sumix_has_a_short_row():
-    assert study_table({"plain": {0: 50.0, 1: 52.0}}).splitlines()[2:] == ["| plain | 2 | 51.0 ± 1.4 | | |  |"]
+    table = study_table(pd.DataFrame({"plain": {0: 50.0, 1: 52.0, 2: np.nan}}))
+    assert table.T.to_dict("list") == {"plain": [2, "51.0 ± 1.4", "", "", ""]}
