@@ -25,7 +25,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import maybe_gather, no_random, num_distrib, rank_distrib
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.loaders import get_dls
 from ..data.sources import SOURCES
