@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'recipe_grid', 'read_grid', 'state_of', 'failure_file', 'claim', 'run_one', 'failures', 'forget_failures',
-           'begin_child', 'train_alone', 'LocalEngine', 'RayEngine', 'check_options', 'run_grid', 'sumix_grid']
+           'begin', 'run_alone', 'LocalEngine', 'RayEngine', 'check_grid', 'run_grid', 'sumix_grid']
 
 # %% ../../nbs/running/20_grid.ipynb #34ad8f73
 import itertools
@@ -125,7 +125,7 @@ def forget_failures(recipes, out):
 CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 
 
-def begin_child():
+def begin():
     "End with the parent, quietly after SIGTERM, and leave Ctrl-C to the parent"
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -135,7 +135,7 @@ def begin_child():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def train_alone(recipe, threads, options):
+def run_alone(recipe, threads, options):
     "Train in a process that does nothing else"
     torch.set_num_threads(threads)
     return train(recipe, progress=False, **options)
@@ -149,14 +149,14 @@ class LocalEngine:
         if sys.platform != "win32": CONTEXT.set_forkserver_preload(["sumix_nb.running.grid"])
         with self.process() as pool: pool.submit(os.getpid).result()  # fails without a main part
 
-    def process(self): return futures.ProcessPoolExecutor(1, CONTEXT, begin_child)
+    def process(self): return futures.ProcessPoolExecutor(1, CONTEXT, begin)
 
     def __call__(self, recipe, options):
         with self.process() as pool:
             try:
                 self.children[pool] = pool.submit(os.getpid).result()
                 if self.ending: raise Preempted
-                return pool.submit(train_alone, recipe, self.threads, options).result()
+                return pool.submit(run_alone, recipe, self.threads, options).result()
             except (SystemExit, futures.BrokenExecutor) as error:
                 if self.ending or isinstance(error, SystemExit): raise Preempted from error
                 raise ChildProcessError("the process was killed, perhaps for its memory") from error
@@ -181,7 +181,7 @@ class RayEngine:
         if not room: raise ValueError(f"a run must fit into the cluster, which has not {needs}")
         self.slots = min(room, jobs or room)
         self.train = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=3,
-                                retry_exceptions=[Preempted])(train_alone)
+                                retry_exceptions=[Preempted])(run_alone)
 
     def __call__(self, recipe, options):
         self.runs.add(run := self.train.remote(recipe, self.threads, options))
@@ -196,7 +196,7 @@ class RayEngine:
         for run in list(self.runs): self.ray.cancel(run, force=True)
 
 # %% ../../nbs/running/20_grid.ipynb #a2be5854
-def check_options(recipes, engine, options):
+def check_grid(recipes, engine, options):
     "Options of `train` for all runs, checked, with absolute paths; None stands for no option"
     given = {name: value for name, value in options.items() if value is not None}
     known = ("path", "device", "workers", "checkpoints", "every", "log")
@@ -234,7 +234,7 @@ def run_grid(
     check_choice("engine", engine, ("local", "ray"))
     check_number("gpus", gpus, 0, float("inf") if engine == "ray" else 0)
     runs = {recipe.name: recipe for recipe in recipes}
-    options = check_options(runs.values(), engine, options)
+    options = check_grid(runs.values(), engine, options)
     (make_folder(out := Path(out).absolute()) / "locks").mkdir(exist_ok=True)
     if engine == "local": options["folder"] = out
     train = LocalEngine(jobs or 1, threads) if engine == "local" else RayEngine(jobs, threads, gpus)
