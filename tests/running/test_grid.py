@@ -17,7 +17,7 @@ import pytest
 from sumix_nb.data.sources import usable_cores
 from sumix_nb.running import grid
 from sumix_nb.running.grid import CONTEXT, LocalEngine, claim, failure_file, failures, read_grid
-from sumix_nb.running.grid import recipe_grid, run_grid, run_one, state_of, train_alone
+from sumix_nb.running.grid import recipe_grid, run_grid, run_one, state_of, run_alone
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records, write_record
 from sumix_nb.training.resume import read_checkpoint
@@ -62,7 +62,7 @@ class Here:
 
     def __call__(self, recipe, options):
         self.begun.append(recipe.name)
-        return grid.train_alone(recipe, 1, options)
+        return grid.run_alone(recipe, 1, options)
 
     def end(self, number): self.ended.append(number)
 
@@ -92,7 +92,7 @@ def undisturbed():
 def train_twelve(sender):
     "In a child: the twelve runs without a grid"
     ordered = sorted(TWELVE, key=lambda recipe: recipe.name)
-    sender.send([results(train_alone(recipe, 1, {})) for recipe in ordered])
+    sender.send([results(run_alone(recipe, 1, {})) for recipe in ordered])
 
 
 class Noting(LocalEngine):
@@ -302,7 +302,7 @@ def test_what_every_run_would_fail_with_is_an_error_before_the_first(tmp_path, o
 
 def test_the_working_folder_may_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = grid.check_options([HOT], "local", {"path": ".", "checkpoints": "running", "log": None})
+    found = grid.check_grid([HOT], "local", {"path": ".", "checkpoints": "running", "log": None})
     assert found == {"path": tmp_path, "checkpoints": tmp_path / "running"}
 
 
@@ -342,15 +342,15 @@ def test_one_failure_leaves_the_others_alone_and_waits_for_retry(tmp_path, here,
 @pytest.mark.parametrize("recipe, state", [(ONE, "done"), (HOT, "failed")])
 def test_what_another_grid_has_tried_in_the_meantime_is_not_tried_again(
         tmp_path, here, monkeypatch, recipe, state):
-    alone = grid.train_alone
+    alone = grid.run_alone
 
     def meanwhile(first, *options):
-        monkeypatch.setattr(grid, "train_alone", alone)
+        monkeypatch.setattr(grid, "run_alone", alone)
         assert run_one(recipe, tmp_path, Here(), {}) == state
         return alone(first, *options)
 
     run_grid([recipe], tmp_path, quiet=True) if state == "failed" else None
-    monkeypatch.setattr(grid, "train_alone", meanwhile)
+    monkeypatch.setattr(grid, "run_alone", meanwhile)
     run_grid([TWO, recipe], tmp_path, quiet=True, retry=True)
     assert state_of(recipe, tmp_path) == state and here.begun[-1] == TWO.name
 
@@ -394,7 +394,11 @@ def test_reading_names_the_file(tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    while not ray.is_initialized():  # on a busy machine its own limit of 30 seconds is too short
+        try: ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error): raise
     yield ray
     ray.shutdown()
 
@@ -415,7 +419,7 @@ def test_ray_gives_the_same_records_by_the_same_call(cluster, tmp_path):
     assert found == expected and len(found) == 2
     lines = [failures(recipes, folder)[0].rpartition("/")[2] for folder in folders]
     assert lines[0] == lines[1] and "FloatingPointError" in lines[0]
-    assert "in train_alone" in failure_file(HOT, folders[0]).read_text()  # where it happened
+    assert "in run_alone" in failure_file(HOT, folders[0]).read_text()  # where it happened
 
 
 @pytest.mark.slow
@@ -434,7 +438,7 @@ def test_ray_tries_a_run_again_whose_worker_died(cluster, tmp_path, wait_until, 
 
 @pytest.mark.slow
 def test_ray_reports_a_worker_that_dies_too_often(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "train_alone", dies)
+    monkeypatch.setattr(grid, "run_alone", dies)
     assert run_grid([HOT], tmp_path, engine="ray", quiet=True) == []
     assert "WorkerCrashedError" in failures([HOT], tmp_path)[0]
 
