@@ -22,7 +22,7 @@ class Relabel(Mix):
 
     def __init__(self,
         mixer, # As for `Mix`
-        rule="area", # A name of `RULES`, or an object called as `rule(evidence)` that may have `needs`
+        rule="area", # A name of `RULES`, or called as `rule(evidence)`; may have `needs`
         clean:str="no_grad", # How the clean images are passed: "no_grad", "concat" or "separate"
         update_bn:bool=True, # May the clean pass update BatchNorm's running statistics?
         layer=None, # The classifier or its name, where it is not the last linear layer
@@ -82,8 +82,8 @@ def after_pred(self:Relabel):
 
 
 @patch
-def share(self:Relabel)->Tensor: # (N,)
-    "The share that the rule gives; of a batch that was not mixed, that of the mixer"
+def share(self:Relabel)->Tensor:
+    "The share (N,) that the rule gives; of a batch that was not mixed, that of the mixer"
     mixed, evidence = self.mixed, self.evidence
     self.evidence = None
     if mixed.untouched: return mixed.lam

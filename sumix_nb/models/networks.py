@@ -21,7 +21,7 @@ def resnet(
     block, # `BasicBlock` or `Bottleneck`
     depths:tuple, # Blocks in each of the four stages
     c:int, # Number of classes K
-    width:int, # Channels of the first stage (before a bottleneck's expansion); the last has 8 times as many
+    width:int, # Channels of the first stage, before a bottleneck's expansion
     stem:str, # "small": 3x3 stride 1 without pooling; "standard": 7x7 stride 2 and pooling
     **options, # `groups` and `width_per_group`
 )->ResNet: # (N, 3, H, W) -> (N, K)
@@ -77,18 +77,20 @@ class WideBlock(nn.Module):
         self.activate = activate
         self.norm1, self.conv1 = wide_norm(inside), nn.Conv2d(inside, outside, 3, stride, 1)
         self.norm2, self.conv2 = wide_norm(outside), nn.Conv2d(outside, outside, 3, 1, 1)
-        self.shortcut = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1, stride)
+        same = inside == outside
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride)
 
     def forward(self,
         maps:Tensor, # (N, C, H, W)
     )->Tensor: # (N, C', H / stride, W / stride)
         "Residual and shortcut"
         active = self.norm1(maps)
-        return self.shortcut(active if self.activate else maps) + self.conv2(self.norm2(self.conv1(active)))
+        residual = self.conv2(self.norm2(self.conv1(active)))
+        return self.shortcut(active if self.activate else maps) + residual
 
 
 class WideResNet(nn.Module):
-    "Wide ResNet (Zagoruyko & Komodakis, 2016) as the released code builds it; `fc` is the classifier"
+    "Wide ResNet (Zagoruyko & Komodakis, 2016) as released; `fc` is the classifier"
     def __init__(self,
         c:int, # Number of classes K
         width:int=128, # Channels of the first stage: 16 times the widening factor
@@ -96,11 +98,12 @@ class WideResNet(nn.Module):
     ):
         super().__init__()
         n, channels = (depth - 4) // 6, (16, width, 2 * width, 4 * width)
-        if depth != 6 * n + 4 or n < 1: raise ValueError(f"`depth` must be 6 n + 4, n at least 1, got {depth}")
+        if depth != 6 * n + 4 or n < 1:
+            raise ValueError(f"`depth` must be 6 n + 4, n at least 1, got {depth}")
         self.conv1 = nn.Conv2d(3, channels[0], 3, 1, 1)
         for stage, stride in ((1, 1), (2, 2), (3, 2)):
             first = WideBlock(channels[stage - 1], channels[stage], stride, activate=stage == 1)
-            rest = (WideBlock(channels[stage], channels[stage], 1, activate=False) for _ in range(n - 1))
+            rest = [WideBlock(channels[stage], channels[stage], 1, False) for _ in range(n - 1)]
             self.add_module(f"block{stage}", nn.Sequential(first, *rest))
         self.norm, self.fc = wide_norm(channels[3]), nn.Linear(channels[3], c)
 
@@ -129,7 +132,7 @@ def deit_small(
 )->nn.Module: # (N, 3, H, W) -> (N, K)
     "DeiT-S (Touvron et al., 2021): 12 blocks, patches of 16 pixels; `head` is the classifier"
     if width % 64 or size % 16:
-        raise ValueError(f"`width` must be a multiple of 64 and `size` of 16, got {width} and {size}")
+        raise ValueError(f"`width` must be a multiple of 64, `size` of 16, got {width}, {size}")
     return from_timm("deit_small_patch16_224", num_classes=c, embed_dim=width,
                      num_heads=width // 64, img_size=size)
 

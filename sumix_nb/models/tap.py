@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # %% ../../nbs/models/10_tap.ipynb #e33e4ae8
 class FeatureTap:
-    "Keeps the input of `layer` at its last call in `features`; a context manager that removes itself"
+    "Keeps the input of `layer` at its last call in `features`; removes itself as a context manager"
     def __init__(self,
         layer:nn.Linear, # From `find_classifier`
         training_only:bool=False, # Keep features only in training mode
@@ -59,7 +59,7 @@ def named_linears(
 # %% ../../nbs/models/10_tap.ipynb #4326ae10
 def find_classifier(
     model:nn.Module, # A network; wrappers are looked through
-    layer:nn.Linear|str|None=None, # The classifier or its name, where it is not the last linear layer
+    layer:nn.Linear|str|None=None, # The classifier or its name, where it is not the last
 )->nn.Linear: # The layer whose input are the features and whose output are the logits
     "The layer that classifies: `layer` if given, timm's own answer, or the last linear layer"
     network = unwrap(model)
@@ -67,14 +67,14 @@ def find_classifier(
     if layer is not None:
         found = next((x for name, x in linears.items() if x is layer or name == layer), None)
         if found is None:
-            raise ValueError(f"`layer` must be one of the linear layers {list(linears)}, got {layer!r}")
+            raise ValueError(f"`layer` must be one of {list(linears)}, got {layer!r}")
         return found
     if not linears:
         raise ValueError(f"`model` must have a linear layer as its classifier, but {kind} has none")
     named = network.get_classifier() if hasattr(network, "get_classifier") else None
     if isinstance(named, (tuple, list)):
-        raise ValueError(f"`model` must have one classifier, but {kind} puts out the mean of {len(named)}: "
-                         "take the network without a distillation head")
+        raise ValueError(f"`model` must have one classifier, but {kind} puts out the mean of "
+                         f"{len(named)}: take the network without a distillation head")
     return next((x for x in linears.values() if x is named), list(linears.values())[-1])
 
 # %% ../../nbs/models/10_tap.ipynb #536f5e4d
@@ -99,18 +99,18 @@ def read_logits(
     output, # What a network returned
     classes:int|None=None, # K, where it is known
 )->Tensor: # (N, K)
-    "The logits in an output: the tensor itself, its `logits`, or the only (N, K) of a tuple or dictionary"
+    "The tensor itself, its `logits`, or the only (N, K) of a tuple or dictionary"
     if isinstance(output, Tensor): return output.as_subclass(Tensor)
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    parts = output.values() if isinstance(output, Mapping) else output
-    found = [named] if isinstance(named, Tensor) else [
-        part for part in (parts if isinstance(output, (tuple, list, Mapping)) else ())
-        if isinstance(part, Tensor) and part.ndim == 2 and classes in (None, part.shape[1])]
-    if len(found) != 1:
-        raise TypeError(f"`model` must return logits (N, K), or one tuple, dictionary or object that holds them once "
-                        f"or as `logits`, got {type(output).__name__} with {len(found)} that could be it: "
-                        "wrap the network in one that returns the right tensor")
-    return found[0]
+    keyed = isinstance(output, Mapping)
+    named = output.get("logits") if keyed else getattr(output, "logits", None)
+    if isinstance(named, Tensor): return named
+    parts = output.values() if keyed else output if isinstance(output, (tuple, list)) else ()
+    found = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2
+             and classes in (None, part.shape[1])]
+    if len(found) == 1: return found[0]
+    raise TypeError("`model` must return logits (N, K), or a tuple, dictionary or object that "
+                    f"holds them once or as `logits`, got {type(output).__name__} with {len(found)} that "
+                    "could be it: wrap the network in one that returns the right tensor")
 
 # %% ../../nbs/models/10_tap.ipynb #2d8754ff
 def logits_and_features(
@@ -125,20 +125,21 @@ def logits_and_features(
         check_classifier(classifier, tap.features, logits)
         return logits, tap.features
 
-# %% ../../nbs/models/10_tap.ipynb #3e4da636
-STAGES = {"resnet18": "layer3", "resnext50": "layer3", "wrn28_8": "block2", "deit_small": "blocks.5",
-          "swin_tiny": "layers.3.downsample"}
+# %% ../../nbs/models/10_tap.ipynb #3e0c1ab3
+STAGES = {"resnet18": "layer3", "resnext50": "layer3", "wrn28_8": "block2",
+          "deit_small": "blocks.5", "swin_tiny": "layers.3.downsample"}
 
 
 def as_maps(
-    output:Tensor, # (N, C, h, w) maps, (N, 1 + h * h, C) tokens after a class token, or (N, h, w, C)
+    output:Tensor, # (N, C, h, w), (N, 1 + h * h, C) with a class token, or (N, h, w, C)
     channels_last:bool=False, # Is it the last of these forms?
 )->Tensor: # (N, C, h, w)
     "Feature maps from what a layer of `STAGES` puts out"
     if output.ndim == 4: return output.permute(0, 3, 1, 2) if channels_last else output
-    if output.ndim != 3: raise ValueError(f"`output` must have 3 or 4 dimensions, got {output.ndim}")
+    if output.ndim != 3:
+        raise ValueError(f"`output` must have 3 or 4 dimensions, got {output.ndim}")
     tokens = output.shape[1] - 1
     side = round(tokens ** 0.5)
     if side * side != tokens:
-        raise ValueError(f"`output` must hold a square of tokens after the class token, got {tokens}")
+        raise ValueError(f"`output` must hold a class token and a square of others, got {tokens}")
     return output[:, 1:].mT.unflatten(2, (side, side))

@@ -102,12 +102,10 @@ def detach(self:SUMix):
     for other in others: other.hook = attach_head(layer, other.head)
     if not any(other.head is head for other in others): leave_optimizer(self._learn, head)
 
-# %% ../../nbs/sumix/60_callback.ipynb #1b29b23f
+# %% ../../nbs/sumix/60_callback.ipynb #4afa6d8a
 @patch
-def compute_loss(self:SUMix,
-    logits:Tensor, # (N, K) logits of the mixed images
-)->Tensor: # 0-d
-    "The loss of SUMix"
+def compute_loss(self:SUMix, logits:Tensor)->Tensor:
+    "The loss of SUMix, from the logits (N, K) of the mixed images and the evidence"
     evidence, self.evidence = self.evidence._replace(logits=logits), None
     terms = self.passes.terms(evidence, self.learn.loss_func)
     self.terms = SUMixTerms(*(term.detach() for term in terms))

@@ -49,8 +49,8 @@ def frozen_statistics(
     model:nn.Module, # A network in training mode
 ):
     "BatchNorm layers use the statistics of their batch, but do not remember them"
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-              and layer.track_running_stats]
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    layers = [layer for layer in norms if layer.track_running_stats]
     for layer in layers: layer.track_running_stats = False
     try: yield
     finally:
@@ -60,7 +60,7 @@ def frozen_statistics(
 class Passes:
     "Collects the `Evidence` of each batch, and nothing that is not needed"
     def __init__(self,
-        needs, # Names of fields of `Evidence`, of the first four after `mixed`
+        needs, # Of `Evidence`: logits, features, clean_logits, clean_features
         clean:str="no_grad", # One of `CLEAN`
         update_bn:bool=True, # May the clean pass update BatchNorm's running statistics?
         layer=None, # The classifier or its name, where it is not the last linear layer
@@ -79,9 +79,7 @@ class Passes:
 
 # %% ../../nbs/sumix/45_evidence.ipynb #2691bdbe
 @patch
-def attach(self:Passes,
-    model:nn.Module, # The network, wrapped or not
-)->None:
+def attach(self:Passes, model:nn.Module):
     "Tap the classifier, if features are needed"
     if not any("features" in name for name in self.needs): return
     self.classifier, self.checked = find_classifier(model, self.layer), False
@@ -95,12 +93,10 @@ def detach(self:Passes):
     if self.tap is not None: self.tap.remove()
     self.classifier = self.tap = None
 
-# %% ../../nbs/sumix/45_evidence.ipynb #50e2fa40
+# %% ../../nbs/sumix/45_evidence.ipynb #98b55e3d
 @patch
-def read(self:Passes,
-    output, # What the network returned
-)->tuple[Tensor, Tensor|None]: # (M, K) logits and (M, D) features
-    "Logits and, if tapped, features of the last pass"
+def read(self:Passes, output)->tuple[Tensor, Tensor|None]:
+    "Logits (M, K) and, if tapped, features (M, D) of the pass that returned `output`"
     if self.tap is None: return read_logits(output), None
     if not self.classifier.training:
         raise ValueError("the network must be in training mode: call `model.train()` first")

@@ -72,9 +72,7 @@ class SUMixPasses(Passes):
 
 # %% ../../nbs/sumix/55_step.ipynb #4f289004
 @patch
-def attach(self:SUMixPasses,
-    model:nn.Module, # The network, wrapped or not
-)->None:
+def attach(self:SUMixPasses, model:nn.Module):
     "Tap the classifier, and hang the head into it"
     Passes.attach(self, model)
     head = self.head or getattr(self.classifier, HEAD_NAME, None)
@@ -92,18 +90,15 @@ def detach(self:SUMixPasses):
     self.classifier._modules.pop(HEAD_NAME, None)
     Passes.detach(self)
 
-# %% ../../nbs/sumix/55_step.ipynb #290bc5b0
+# %% ../../nbs/sumix/55_step.ipynb #4900e8b0
 @patch
-def inputs(self:SUMixPasses,
-    mixed:Mixed, # What the mixer returned
-    images:Tensor, # (N, C, H, W) the clean images
-)->Tensor: # (N, C, H, W), or (2N, C, H, W) for "concat"
-    "What the network is to be called with"
+def inputs(self:SUMixPasses, mixed:Mixed, images:Tensor)->Tensor:
+    "As of `Passes`, but for class indices only"
     target, classes = mixed.target_a, self.classifier.out_features
     if target.ndim != 1 or target.is_floating_point() or classes < 2:
-        raise ValueError(f"SUMix needs class indices (N,) of at least 2 classes as labels, got "
-                         f"{target.dtype} {tuple(target.shape)} and {classes} outputs: `Mix` trains with "
-                         "soft, multi-label, binary and regression targets")
+        raise ValueError("SUMix needs class indices (N,) of at least 2 classes as labels, got "
+                         f"{target.dtype} {tuple(target.shape)} and {classes} outputs: `Mix` "
+                         "trains with soft, multi-label, binary and regression targets")
     return Passes.inputs(self, mixed, images)
 
 
@@ -112,7 +107,7 @@ def terms(self:SUMixPasses,
     evidence:Evidence, # From `collect`
     loss_func:Callable, # Loss to mix
 )->SUMixTerms:
-    "The loss of SUMix; of a batch that was not mixed the usual loss, with a gradient of 0 for the head"
+    "The loss of SUMix; if nothing was mixed the usual loss, with a gradient of 0 for the head"
     logits, mixed = evidence.logits, evidence.mixed
     if mixed.untouched:
         zero = 0 * sum(parameter.sum() for parameter in self.head.parameters())
@@ -120,9 +115,9 @@ def terms(self:SUMixPasses,
         return SUMixTerms(loss + zero, mixed.lam, loss, zero)
     features = (evidence.features, evidence.clean_features)
     try:
-        return sumix_loss(logits, evidence.clean_logits, *map(self.head, features), mixed, xi=self.xi,
-                          variant=self.variant, relabel=self.relabel, loss_func=loss_func,
-                          encodings=features if self.z == "features" else None)
+        return sumix_loss(logits, evidence.clean_logits, *map(self.head, features), mixed,
+                          xi=self.xi, variant=self.variant, relabel=self.relabel,
+                          loss_func=loss_func, encodings=features if self.z == "features" else None)
     except ValueError as error:
         if logits.isfinite().all() and evidence.clean_logits.isfinite().all(): raise
         raise FloatingPointError("the logits are not finite: lower the learning rate") from error
@@ -133,7 +128,7 @@ class SUMixStep(SUMixPasses):
     def __init__(self,
         model:nn.Module, # Any network that ends in a linear layer; gets the uncertainty head
         mixer, # A name such as "cutmix", a mixer such as `CutMix()`, or a list of them for `OneOf`
-        loss_func:Callable=F.cross_entropy, # Loss to mix; its weights, smoothing and reduction are kept
+        loss_func:Callable=F.cross_entropy, # Loss to mix; weights, smoothing, reduction are kept
         generator:torch.Generator|None=None, # For the mixtures; PyTorch's global one by default
         **options, # Of `SUMixPasses`: xi, variant, clean, update_bn, hidden, z, relabel, layer
     ):
