@@ -67,7 +67,8 @@ def find_classifier(
     if layer is not None:
         found = next((x for name, x in linears.items() if x is layer or name == layer), None)
         if found is None:
-            raise ValueError(f"`layer` must be one of {list(linears)}, got {layer!r}")
+            raise ValueError("`layer` must be one of the linear layers "
+                             f"{list(linears)}, got {layer!r}")
         return found
     if not linears:
         raise ValueError(f"`model` must have a linear layer as its classifier, but {kind} has none")
@@ -108,9 +109,10 @@ def read_logits(
     found = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2
              and classes in (None, part.shape[1])]
     if len(found) == 1: return found[0]
+    kind = type(output).__name__
     raise TypeError("`model` must return logits (N, K), or a tuple, dictionary or object that "
-                    f"holds them once or as `logits`, got {type(output).__name__} with {len(found)} that "
-                    "could be it: wrap the network in one that returns the right tensor")
+                    f"holds them once or as `logits`, got {kind} with {len(found)} that could be "
+                    "it: wrap the network in one that returns the right tensor")
 
 # %% ../../nbs/models/10_tap.ipynb #2d8754ff
 def logits_and_features(

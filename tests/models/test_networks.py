@@ -1,5 +1,4 @@
 "The networks of the experiments: sizes, training, weights, and what is read from them"
-import copy
 
 import pytest
 import torch
@@ -32,14 +31,6 @@ def test_networks_of_every_width_stem_size_and_number_of_classes_run(width, c, s
         side = (side + 1) // 2
 
 
-def test_initial_weights_follow_pytorchs_seed():
-    models = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        models.append(get_model("resnet18", 3, width=4).conv1.weight)
-    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
-
-
 @pytest.mark.parametrize("stem", ["small", "standard"])
 def test_training_lowers_the_loss_and_reaches_every_parameter(stem):
     torch.manual_seed(0)
@@ -51,14 +42,6 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(stem):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_networks_can_be_copied_and_run_in_double_and_bfloat16():
-    model = copy.deepcopy(get_model("resnet18", 3, width=4)).eval()
-    exact = copy.deepcopy(model).double()(images(size=8).double())
-    torch.testing.assert_close(model(images(size=8)).double(), exact, rtol=1e-3, atol=1e-4)
-    half = copy.deepcopy(model).bfloat16()(images(size=8).bfloat16())
-    assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
 SMALL = {"resnet18": {"width": 4}, "resnext50": {"width": 16}, "wrn28_8": {"width": 16},

@@ -100,16 +100,6 @@ def test_wrappers_of_compile_and_data_parallel_are_looked_through():
         assert find_classifier(wrapped, "1") is find_classifier(wrapped, model[1]) is model[1]
 
 
-def test_a_child_that_is_called_module_is_an_ordinary_child():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module, self.fc = nn.Sequential(nn.Flatten(), nn.Linear(48, 6)), nn.Linear(6, 2)
-        def forward(self, x): return self.fc(self.module(x))
-    net = Net()
-    assert find_classifier(net) is net.fc and find_classifier(net, "fc") is net.fc
-
-
 def test_linear_layers_are_listed_by_name_and_not_looked_into():
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 4)))
     model[1][1].add_module("extra", nn.Linear(9, 9))

@@ -7,18 +7,15 @@ from functools import partial
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import load_learner
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import params
 from fastcore.foundation import L
-from torch import nn
 
 from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.sumix.callback import SUMix
 from sumix_nb.sumix.mix import Mix
-from sumix_nb.sumix.step import HEAD_NAME, attach_head
-from sumix_nb.sumix.uncertainty import UncertaintyHead
+from sumix_nb.sumix.step import HEAD_NAME
 from tests.sumix.learners import K, KINDS, Named, At, digits, fit, head_of, learner, mix_of
 from tests.sumix.learners import same, throw, times_in_optimizer, weights, with_bn
 
@@ -52,15 +49,6 @@ def test_the_head_is_in_the_optimiser_exactly_once_and_is_trained(how, opt_func)
 
 @pytest.mark.parametrize("opt_func", [partial(SGD, mom=0.9), partial(OptimWrapper, opt=torch.optim.AdamW)],
                          ids=["fastai SGD", "torch AdamW"])
-def test_the_optimiser_can_be_saved_after_the_head_was_taken_away(opt_func, tmp_path):
-    learn = fit(learner(opt_func=opt_func, tmp=tmp_path), cbs=SUMix(CutMix(), seed=0))
-    learn.save("after")
-    learn.load("after")
-    fit(learn)
-
-
-@pytest.mark.parametrize("opt_func", [partial(SGD, mom=0.9), partial(OptimWrapper, opt=torch.optim.AdamW)],
-                         ids=["fastai SGD", "torch AdamW"])
 def test_the_head_can_join_an_optimiser_whose_state_was_loaded(opt_func, tmp_path):
     learn = fit(learner(opt_func=opt_func, tmp=tmp_path))
     learn.save("plain")
@@ -88,18 +76,6 @@ def test_the_state_of_the_other_parameters_survives_attaching_and_detaching():
         assert [id(p) for group in learn.opt.param_lists for p in group] == [id(p) for p in model_parameters]
 
 
-def test_parameters_frozen_by_hand_keep_their_place_in_the_optimiser():
-    learn = fit(learner())
-    first = learn.model[0].weight
-    momentum, before = learn.opt.state[first]["grad_avg"].clone(), first.detach().clone()
-    first.requires_grad_(False)
-    learn.add_cb(SUMix(CutMix(), seed=0))
-    first.requires_grad_(True)
-    torch.testing.assert_close(learn.opt.state[first]["grad_avg"], momentum)
-    fit(learn)
-    assert not torch.equal(first, before)
-
-
 def test_the_bias_of_a_head_that_joins_late_is_treated_as_that_of_one_that_was_there():
     early, late = learner(SUMix(CutMix()), wd_bn_bias=False), learner(wd_bn_bias=False)
     early.create_opt(), late.create_opt()
@@ -122,14 +98,6 @@ def test_one_cycle_with_discriminative_rates_moves_the_head_at_the_last_groups_r
     assert all(any(p is q for q in learn.opt.param_lists[-1]) for p in head_of(learn).parameters())
     assert all(last == pytest.approx(100 * first) for first, last in rates)
     assert all(not torch.equal(head[name], value) for name, value in head_of(learn).state_dict().items())
-
-
-def test_one_cycle_accepts_the_callback_as_an_argument_of_fit():
-    learn = learner(model=Named(), splitter=two_groups)
-    with learn.no_logging():
-        learn.fit_one_cycle(1, slice(1e-4, 1e-2), cbs=SUMix(CutMix()))
-        learn.fit_one_cycle(1, 1e-2)
-    assert [len(group) for group in learn.opt.param_lists] == [2, 2]
 
 
 def test_freeze_keeps_the_body_and_trains_the_head():
@@ -178,31 +146,6 @@ def test_lr_find_gives_back_network_head_and_optimiser(tmp_path):
         fit(learn)
 
 
-def test_the_head_moves_and_is_saved_with_the_network_but_is_not_executed_by_it():
-    learn = learner(SUMix(CutMix()))
-    cb, x = learn.sumix, torch.randn(2, 3, 6, 6)
-    assert {f"5.{HEAD_NAME}.layers.0.weight", f"5.{HEAD_NAME}.layers.0.bias"} < set(learn.model.state_dict())
-    called = []
-    cb.uncertainty_head.register_forward_hook(lambda *_: called.append(1))
-    plain = with_bn().eval()
-    assert torch.equal(learn.model.eval()(x), plain(x)) and not called
-    learn.model.double()
-    assert {p.dtype for p in cb.uncertainty_head.parameters()} == {torch.float64}
-
-
-def test_attach_head_lets_old_checkpoints_load_and_keeps_the_heads_own_values():
-    layer, head = nn.Linear(5, 3), UncertaintyHead(5, 3)
-    plain, own = nn.Linear(5, 3).state_dict(), weights(head)
-    handle = attach_head(layer, head)
-    assert layer.load_state_dict(plain) and torch.equal(layer.weight, plain["weight"])
-    same(weights(head), own)
-    other = UncertaintyHead(5, 3).state_dict()
-    layer.load_state_dict(plain | {f"{HEAD_NAME}.{name}": value for name, value in other.items()})
-    same(weights(head), dict(other))
-    handle.remove()
-    with pytest.raises(RuntimeError, match="Missing key"): layer.load_state_dict(plain)
-
-
 @pytest.mark.parametrize("with_opt", [True, False])
 def test_save_and_load_bring_back_network_head_and_optimiser(with_opt, tmp_path):
     learn = fit(learner(SUMix(CutMix(), seed=0), tmp=tmp_path))
@@ -221,14 +164,6 @@ def test_save_and_load_bring_back_network_head_and_optimiser(with_opt, tmp_path)
             for p, kept in zip(loaded.model.parameters(), state, strict=True):
                 torch.testing.assert_close(loaded.opt.state[p]["grad_avg"], kept)
         fit(loaded)
-
-
-def test_save_model_callback_brings_back_the_head_of_the_best_epoch(tmp_path):
-    learn = learner(SUMix(CutMix(), seed=0), tmp=tmp_path)
-    fit(learn, 2, cbs=SaveModelCallback(fname="best"))
-    saved = torch.load(tmp_path / "models" / "best.pth")
-    same(weights(learn.model), saved)
-    assert f"5.{HEAD_NAME}.layers.0.weight" in saved
 
 
 def test_a_plain_checkpoint_loads_into_a_sumix_learner_and_keeps_the_head(tmp_path):
@@ -305,16 +240,6 @@ def test_plain_export_of_fastai_works_too_and_predicts_the_same(kind, tmp_path):
     assert torch.isfinite(loaded.model[0].weight).all()
 
 
-def test_an_exported_learner_does_not_hold_training_images(tmp_path):
-    sizes = {}
-    for bs in (4, 40):
-        learn = fit(learner(Mix(CutMix(), seed=0), dls=digits(bs=bs), model=with_bn(10), tmp=tmp_path))
-        learn.export("whole.pkl")
-        loaded = exported(tmp_path / "whole.pkl")
-        sizes[bs] = getattr(loaded.mix, "mixed", None)
-    assert sizes == {4: None, 40: None}
-
-
 def test_a_learner_exported_after_an_interrupt_holds_no_images_either(tmp_path):
     learn = learner(SUMix(CutMix(), seed=0), dls=digits(), model=with_bn(10), tmp=tmp_path)
     for event, order in (("after_pred", 4), ("after_loss", 4)):
@@ -350,10 +275,3 @@ def test_the_network_can_be_pickled_during_and_after_training():
     same(weights(loaded), weights(learn.model))
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(loaded.eval()(x), learn.model.eval()(x))
-
-
-def test_a_network_used_by_hand_in_training_mode_can_still_be_copied():
-    learn = fit(learner(SUMix(CutMix(), seed=0)))
-    learn.model.train()
-    learn.model(torch.randn(2, 3, 6, 6)).sum().backward()
-    copy.deepcopy(learn.model)

@@ -101,12 +101,6 @@ def test_a_mean_that_cannot_be_mixed_is_refused_before_any_weight_changes(kind):
          {k: v for k, v in before.items() if "running" not in k and "num_b" not in k})
 
 
-def test_a_loss_without_reduction_is_refused_and_named():
-    def my_loss(logits, target): return F.cross_entropy(logits, target)
-    learn = learner(Mix(CutMix()), loss=my_loss)
-    with pytest.raises(ValueError, match="`loss_func` must have a `reduction`.*my_loss"): fit(learn)
-
-
 @pytest.mark.parametrize("loss_func", [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat()])
 def test_multi_label_targets_are_mixed_by_mix_and_refused_by_sumix(loss_func):
     spy, dls = Spy(), make_dls(soft=True)
@@ -175,15 +169,6 @@ def test_mixed_accuracy_in_training_counts_labels_by_share_and_in_validation_pla
     assert valid == pytest.approx(plain, abs=1e-6)
 
 
-def test_mixed_accuracy_without_mixing_is_accuracy_and_without_batches_is_none():
-    learn = learner(metrics=[MixedAccuracy(), accuracy])
-    values = learn.validate()
-    assert values[1] == pytest.approx(values[2])
-    metric = MixedAccuracy()
-    metric.reset()
-    assert metric.value is None and metric.name == "mixed_accuracy"
-
-
 @pytest.mark.parametrize("mixer", [CutMix, MixUp, partial(CutMix, per_sample=True), partial(MixUp, per_sample=True)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_last_batch_of_one_sample_trains(kind, mixer):
@@ -226,12 +211,6 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(kind):
     for one, other in zip(gradients[8], gradients[24], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert sum(losses[8]) / 3 == pytest.approx(losses[24][0], rel=1e-5), "the logged loss must not be divided"
-
-
-def test_the_gradient_is_divided_although_the_logged_loss_is_not():
-    spy = Spy()
-    fit(learner(Mix(Fixed()), spy, GradientAccumulation(24)))
-    for batch in spy.batches: torch.testing.assert_close(batch.loss_grad, batch.loss / 3)
 
 
 def test_the_callback_runs_before_gradient_accumulation_and_mixed_precision():
@@ -316,14 +295,6 @@ def test_each_process_draws_from_its_own_seed(monkeypatch):
     assert drawn(7, 1) == drawn(8, 0) != drawn(7, 0)
 
 
-def test_without_a_seed_pytorchs_own_decides():
-    def drawn(seed):
-        learn = learner(Mix(CutMix()))
-        torch.manual_seed(seed)
-        return [pair[0][0] for pair in fit(learn).mix.history]
-    assert drawn(1) == drawn(1) != drawn(2)
-
-
 def test_mix_with_a_mixer_that_never_mixes_trains_as_without_it():
     learn, plain = learner(Mix(CutMix(p=0.0))), learner()
     fit(learn), fit(plain)
@@ -339,25 +310,6 @@ def test_the_history_is_as_long_as_keep_and_holds_the_last_batches():
         assert [pair[0] for pair in other] == [pair[0] for pair in one][1:]
 
 
-def test_mix_remembers_the_shares_that_it_used():
-    learn = fit(learner(Mix(Fixed())))
-    assert [[8 * share for share in lam] for lam, _ in learn.mix.history] == [EIGHTHS] * 3
-
-
-@pytest.mark.parametrize("make", [Mix, SUMix])
-def test_plots_before_any_training_are_refused(make):
-    cb = make(CutMix())
-    learner(cb)
-    with pytest.raises(ValueError, match="nothing was mixed yet: `fit` first"): cb.plot_ratio()
-    with pytest.raises(ValueError, match="nothing to show yet: `fit` first"): cb.show_mixed()
-
-
-def test_show_mixed_after_a_fit_that_failed_in_its_first_batch_is_refused_as_before_any_training():
-    learn = learner(SUMix(CutMix()), loss=LabelSmoothingCrossEntropyFlat(weight=WEIGHT), dls=make_dls())
-    with pytest.raises(ValueError, match="cannot be mixed"): fit(learn)
-    with pytest.raises(ValueError, match="nothing to show yet"): learn.sumix.show_mixed()
-
-
 def test_show_mixed_after_an_interrupt_shows_images_with_their_own_shares():
     learn = learner(Mix(CutMix(per_sample=True), seed=0), dls=digits(), model=with_bn(10))
     with pytest.raises(KeyboardInterrupt): fit(learn, cbs=At("before_backward", throw(KeyboardInterrupt())))
@@ -369,17 +321,6 @@ def test_show_mixed_after_an_interrupt_shows_images_with_their_own_shares():
         assert ax.get_title() == f"λ {mixed.lam[i].item():.2f}"
         wanted = (mixed.images[i] * 0.3237 + 0.3054).permute(1, 2, 0).clip(0, 1).numpy()
         np.testing.assert_allclose(ax.images[0].get_array(), wanted, atol=0.01)
-
-
-@pytest.mark.parametrize("make", [Mix, SUMix])
-def test_plot_ratio_counts_every_sample_and_draws_where_it_is_told(make):
-    learn = fit(learner(make(CutMix(), seed=0)))
-    cb = mix_of(learn)
-    ax = matplotlib.pyplot.subplots()[1]
-    assert cb.plot_ratio(ax) is ax and np.nansum(ax.collections[0].get_array()) == N
-    assert "lambda" in ax.get_xlabel() and "tilde" in ax.get_ylabel()
-    assert cb.plot_ratio() is not ax
-    matplotlib.pyplot.close("all")
 
 
 @pytest.mark.parametrize("make", [Mix, SUMix])

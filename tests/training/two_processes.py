@@ -109,7 +109,7 @@ def recorded(recipe, folder):
     learn.add_cb(Steps())
     mix = next(cb for cb in learn.cbs if isinstance(cb, Mix))
     record = train(recipe, folder=folder, progress=False, learn=learn)
-    lam = torch.cat([lam for lam, _ in mix.history])
+    lam, _ = mix.shares()
     return {"weights": learn.model.state_dict(), "lam": lam[-(recipe.limit // 2):],
             "images": torch.cat(learn.steps.images), "last": record["epochs"][-1],
             "reliability": record["reliability"], "recipe": asdict(recipe)}
