@@ -76,9 +76,9 @@ class SUMix(Relabel):
         keep:int=1000, # As for `Mix`
         off_after:float=1.0, # As for `Mix`
     ):
-        super().__init__(mixer, Ratio(variant, z), seed=seed, keep=keep, off_after=off_after)
+        super().__init__(mixer, Ratio(variant, z), clean, update_bn, layer, seed, keep, off_after)
         self.passes = SUMixPasses(xi, variant, clean, update_bn, hidden, z, relabel, layer)
-        self.terms = None
+        self.xi, self.variant, self.z, self.relabel, self.terms = xi, variant, z, relabel, None
 
     name = "sumix"
     uncertainty_head = property(lambda self: self.passes.head)
