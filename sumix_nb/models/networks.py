@@ -14,19 +14,22 @@ from torch.nn import functional as F
 from torchvision.models import ResNeXt50_32X4D_Weights, ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from ..checks import check_choice, check_whole
+
 # %% ../../nbs/models/20_networks.ipynb #7c712dc0
 def resnet(
     block, # `BasicBlock` or `Bottleneck`
     depths:tuple, # Blocks in each of the four stages
     c:int, # Number of classes K
-    width:int, # Channels of the first stage (before a bottleneck's expansion); the last has 8 times as many
+    width:int, # Channels of the first stage, before a bottleneck's expansion
     stem:str, # "small": 3x3 stride 1 without pooling; "standard": 7x7 stride 2 and pooling
     **options, # `groups` and `width_per_group`
 )->ResNet: # (N, 3, H, W) -> (N, K)
     "A residual network (He et al., 2016) with torchvision's blocks; `fc` is the classifier"
     model = ResNet(block, list(depths), num_classes=c, **options)
     small = stem == "small"
-    model.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
+    model.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
     model.bn1 = nn.BatchNorm2d(width)
     if small: model.maxpool = nn.Identity()
     model.inplanes = width
@@ -50,7 +53,7 @@ def resnext50(
     width:int=64, # Planes of the first stage, a multiple of 16
     stem:str="small", # As for `resnet`
 )->ResNet: # (N, 3, H, W) -> (N, K)
-    "ResNeXt-50, 32x4d (Xie et al., 2017): 32 groups of 4 channels in the first stage, `32 * width` features"
+    "ResNeXt-50, 32x4d (Xie et al., 2017): 32 groups in each block, `32 * width` features"
     if width % 16: raise ValueError(f"`width` must be a multiple of 16 for 32 groups, got {width}")
     return resnet(Bottleneck, (3, 4, 6, 3), c, width, stem, groups=32, width_per_group=4)
 
@@ -74,18 +77,20 @@ class WideBlock(nn.Module):
         self.activate = activate
         self.norm1, self.conv1 = wide_norm(inside), nn.Conv2d(inside, outside, 3, stride, 1)
         self.norm2, self.conv2 = wide_norm(outside), nn.Conv2d(outside, outside, 3, 1, 1)
-        self.shortcut = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1, stride)
+        same = inside == outside
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride)
 
     def forward(self,
         maps:Tensor, # (N, C, H, W)
     )->Tensor: # (N, C', H / stride, W / stride)
         "Residual and shortcut"
         active = self.norm1(maps)
-        return self.shortcut(active if self.activate else maps) + self.conv2(self.norm2(self.conv1(active)))
+        residual = self.conv2(self.norm2(self.conv1(active)))
+        return self.shortcut(active if self.activate else maps) + residual
 
 
 class WideResNet(nn.Module):
-    "Wide ResNet (Zagoruyko & Komodakis, 2016) as the released code builds it; `fc` is the classifier"
+    "Wide ResNet (Zagoruyko & Komodakis, 2016) as released; `fc` is the classifier"
     def __init__(self,
         c:int, # Number of classes K
         width:int=128, # Channels of the first stage: 16 times the widening factor
@@ -93,11 +98,12 @@ class WideResNet(nn.Module):
     ):
         super().__init__()
         n, channels = (depth - 4) // 6, (16, width, 2 * width, 4 * width)
-        if depth != 6 * n + 4 or n < 1: raise ValueError(f"`depth` must be 6 n + 4, n at least 1, got {depth}")
+        if depth != 6 * n + 4 or n < 1:
+            raise ValueError(f"`depth` must be 6 n + 4, n at least 1, got {depth}")
         self.conv1 = nn.Conv2d(3, channels[0], 3, 1, 1)
         for stage, stride in ((1, 1), (2, 2), (3, 2)):
             first = WideBlock(channels[stage - 1], channels[stage], stride, activate=stage == 1)
-            rest = (WideBlock(channels[stage], channels[stage], 1, activate=False) for _ in range(n - 1))
+            rest = [WideBlock(channels[stage], channels[stage], 1, False) for _ in range(n - 1)]
             self.add_module(f"block{stage}", nn.Sequential(first, *rest))
         self.norm, self.fc = wide_norm(channels[3]), nn.Linear(channels[3], c)
 
@@ -114,8 +120,7 @@ def from_timm(
     **options, # For `timm.create_model`
 )->nn.Module: # (N, 3, H, W) -> (N, K)
     "A network of timm; `ImportError` that says how to install it"
-    if find_spec("timm") is None:
-        raise ImportError(f'{name} comes from timm: pip install "sumix_nb[models]"')
+    if find_spec("timm") is None: raise ImportError(f"{name} comes from timm: pip install timm")
     from timm import create_model
     return create_model(name, **options)
 
@@ -125,10 +130,11 @@ def deit_small(
     width:int=384, # Size of the tokens, 64 for each head
     size:int=224, # Height and width of the images, pixels, a multiple of 16
 )->nn.Module: # (N, 3, H, W) -> (N, K)
-    "DeiT-S (Touvron et al., 2021): 12 blocks, patches of 16 pixels; `head` classifies the class token"
+    "DeiT-S (Touvron et al., 2021): 12 blocks, patches of 16 pixels; `head` is the classifier"
     if width % 64 or size % 16:
-        raise ValueError(f"`width` must be a multiple of 64 and `size` of 16, got {width} and {size}")
-    return from_timm("deit_small_patch16_224", num_classes=c, embed_dim=width, num_heads=width // 64, img_size=size)
+        raise ValueError(f"`width` must be a multiple of 64, `size` of 16, got {width}, {size}")
+    return from_timm("deit_small_patch16_224", num_classes=c, embed_dim=width,
+                     num_heads=width // 64, img_size=size)
 
 
 def swin_tiny(
@@ -136,34 +142,34 @@ def swin_tiny(
     width:int=96, # Channels of the first stage, 32 for each head; the last has 8 times as many
     size:int=224, # Height and width of the images, pixels, a multiple of 32
 )->nn.Module: # (N, 3, H, W) -> (N, K)
-    "Swin-T (Liu et al., 2021): 2, 2, 6, 2 blocks, windows of 7, drop path 0.2; `head.fc` is the classifier"
+    "Swin-T (Liu et al., 2021): 2, 2, 6, 2 blocks, windows of 7; `head.fc` is the classifier"
     if width % 32 or size % 32:
         raise ValueError(f"`width` and `size` must be multiples of 32, got {width} and {size}")
     heads = tuple(width // 32 * 2**i for i in range(4))
-    return from_timm("swin_tiny_patch4_window7_224", num_classes=c, embed_dim=width, num_heads=heads, img_size=size,
-                     drop_path_rate=0.2)
+    return from_timm("swin_tiny_patch4_window7_224", num_classes=c, embed_dim=width,
+                     num_heads=heads, img_size=size, drop_path_rate=0.2)
 
-# %% ../../nbs/models/20_networks.ipynb #2daa1a5f
-MODELS = {"resnet18": resnet18, "resnext50": resnext50, "wrn28_8": WideResNet, "deit_small": deit_small,
-          "swin_tiny": swin_tiny}
-RESNETS = {"resnet18": ResNet18_Weights.IMAGENET1K_V1, "resnext50": ResNeXt50_32X4D_Weights.IMAGENET1K_V1}
+# %% ../../nbs/models/20_networks.ipynb #1988127f
+MODELS = {"resnet18": resnet18, "resnext50": resnext50, "wrn28_8": WideResNet,
+          "deit_small": deit_small, "swin_tiny": swin_tiny}
+RESNETS = {"resnet18": ResNet18_Weights.IMAGENET1K_V1,
+           "resnext50": ResNeXt50_32X4D_Weights.IMAGENET1K_V1}
 TRANSFORMERS = ("deit_small", "swin_tiny")
 
 # %% ../../nbs/models/20_networks.ipynb #3782bbcd
 def get_model(
     name:str, # One of `MODELS`
     c:int, # Number of classes K
-    width:int|None=None, # Channels of the first stage, or size of the tokens; as published by default
-    stem:str="small", # Of the ResNets: "small" for images of 32 or 64 pixels, "standard" for larger ones
-    size:int=224, # Of the transformers: height and width of the images, pixels; all others take any size
-    pretrained:bool=False, # Begin with ImageNet's weights? For ResNets of the published width with the standard stem
+    width:int|None=None, # Channels of the first stage or size of the tokens; default: as published
+    stem:str="small", # ResNets: "small" for images of 32 or 64 pixels, "standard" for larger ones
+    size:int=224, # Transformers: height and width of the images, pixels; others take any size
+    pretrained:bool=False, # Begin with ImageNet's weights? ResNets as published only
 )->nn.Module: # (N, 3, H, W) -> (N, K)
-    "A network of the experiments; `ValueError` for an unknown name or stem, a wrong size, or weights that do not exist"
-    if name not in MODELS: raise ValueError(f"`name` must be one of {sorted(MODELS)}, got {name!r}")
-    if stem not in ("small", "standard"): raise ValueError(f'`stem` must be "small" or "standard", got {stem!r}')
-    for argument, value in (("c", c), ("width", width), ("size", size)):
-        if value is not None and (not isinstance(value, int) or value < 1) or (argument, value) == ("c", None):
-            raise ValueError(f"`{argument}` must be an integer of at least 1, got {value!r}")
+    "A network of the experiments"
+    check_choice("name", name, MODELS)
+    check_choice("stem", stem, ("small", "standard"))
+    for argument, value in (("c", c), ("width", 1 if width is None else width), ("size", size)):
+        check_whole(argument, value, 1)
     options = {} if width is None else {"width": width}
     if name in RESNETS: options["stem"] = stem
     if name in TRANSFORMERS: options["size"] = size
@@ -186,13 +192,15 @@ def load_imagenet(
     name:str, # Name of the network
     model:nn.Module, # The network, changed in place
 )->None:
-    "ImageNet's weights from torchvision, and a small classifier; `ValueError` if there are none for this network"
-    if name not in RESNETS: raise ValueError(f"`pretrained` weights exist for {sorted(RESNETS)}, got {name!r}")
+    "ImageNet's weights from torchvision, and a small classifier"
+    if name not in RESNETS:
+        raise ValueError(f"`pretrained` weights exist for {sorted(RESNETS)}, got {name!r}")
     weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
     own = model.state_dict()
-    wrong = [key for key in own if not key.startswith("fc.") and weights[key].shape != own[key].shape]
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    wrong = [key for key in weights if weights[key].shape != own[key].shape]
     if wrong:
-        raise ValueError(f'`pretrained` needs the published width and stem="standard": {wrong[0]} has the shape '
-                         f"{tuple(own[wrong[0]].shape)}, the weights {tuple(weights[wrong[0]].shape)}")
-    model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")}, strict=False)
+        raise ValueError(f'`pretrained` needs the published width and stem="standard": {wrong[0]} '
+                         f"is {tuple(own[wrong[0]].shape)}, not {tuple(weights[wrong[0]].shape)}")
+    model.load_state_dict(weights, strict=False)
     begin_small(model.fc)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['normalisation', 'Mix', 'MixedAccuracy']
 
-# %% ../../nbs/sumix/50_mix.ipynb #6e06b249
-from collections import deque
-
+# %% ../../nbs/sumix/50_mix.ipynb #cd912231
+import fastai.callback.progress  # noqa: F401 (teaches `Learner` `no_bar`)
+import fastai.callback.schedule  # noqa: F401 (teaches `Learner` `fit_one_cycle`)
 import matplotlib.pyplot as plt
 import torch
 from fastai.callback.core import Callback
@@ -19,9 +19,10 @@ from fastai.torch_core import TensorImage, rank_distrib
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..checks import check_number, check_whole
-from ..mixers.choosing import OneOf, tell_statistics
+from ..checks import check_number, check_seed, check_whole
+from ..mixers.choosing import tell_statistics
 from ..mixers.mixed import Mixed, unmixed
+from .evidence import as_mixer
 from .mixed_loss import mixed_loss
 
 # %% ../../nbs/sumix/50_mix.ipynb #5a0aa60a
@@ -31,113 +32,135 @@ def normalisation(
     "What the training batches are normalised with; None if nothing says it"
     transforms = getattr(getattr(getattr(dls, "train", None), "after_batch", None), "fs", ())
     found = [transform for transform in transforms if isinstance(transform, Normalize)]
-    return tuple(values.flatten().tolist() for values in (found[-1].mean, found[-1].std)) if found else None
+    if not found: return None
+    return tuple(values.flatten().tolist() for values in (found[-1].mean, found[-1].std))
 
 # %% ../../nbs/sumix/50_mix.ipynb #ca279418
 class Mix(Callback):
-    "Train on mixed images; `TypeError` or `ValueError` for what cannot be mixed, before any weight changes"
+    "Train on mixed images"
     order, run_valid = GradientAccumulation.order - 1, False
 
     def __init__(self,
-        mixer, # Called as `mixer(images, target, model=, generator=)`, e.g. `CutMix()`; or a list of such, for `OneOf`
-        seed:int|None=None, # Seed of the mixtures (plus the rank of the process); drawn from PyTorch's by default
+        mixer, # A name such as "cutmix", a mixer such as `CutMix()`, or a list of them for `OneOf`
+        seed:int|None=None, # Of the mixtures, plus the rank of the process; default: from PyTorch's
         keep:int=1000, # How many batches' shares to remember for `plot_ratio`
-        off_after:float=1.0, # Share of the training, in [0, 1], after which nothing is mixed any more
+        off_after:float=1.0, # Share of the training, in [0, 1], after which nothing is mixed
     ):
-        if isinstance(mixer, (list, tuple)): mixer = OneOf(list(mixer))
-        if not callable(mixer): raise TypeError(f"`mixer` must be callable, e.g. CutMix(), got {mixer!r}")
-        if isinstance(mixer, type):
-            raise TypeError(f"`mixer` must be an instance, e.g. {mixer.__name__}(), got the class")
-        if seed is not None: check_whole("seed", seed, 0)
+        if seed is not None: check_seed("seed", seed)
         check_whole("keep", keep, 1)
         check_number("off_after", off_after, 0, 1)
-        self.mixer, self.seed, self.off_after, self.informed = mixer, seed, off_after, mixer
-        self.generator, self.mixed, self.last, self.loss_checked = None, None, None, False
-        self.history = deque(maxlen=keep)
+        self.mixer, self.seed, self.keep, self.off_after = as_mixer(mixer), seed, keep, off_after
+        self.informed, self.generator, self.loss_checked = self.mixer, None, False
+        self.mixed, self.last, self.history = None, None, []
 
-    def __getstate__(self): return super().__getstate__() | {"mixed": None, "last": None} # exports hold no images
-
-    def before_fit(self):
-        "Look for callbacks that mix as well, and seed the generator once"
-        others = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler, Mix)) and cb is not self]
-        if others: raise ValueError(f"{type(self).__name__} cannot mix what {others} mixes too: keep one of them")
-        if self.generator is None:
-            seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
-            self.generator = torch.Generator().manual_seed(seed + rank_distrib())
-        self.loss_checked, statistics = False, normalisation(getattr(self.learn, "dls", None))
-        self.informed = tell_statistics(self.mixer, *statistics) if statistics else self.mixer
-
-    @property
-    def off(self):
-        "Is the training past `off_after`?"
-        return self.off_after < 1 and self.learn.pct_train >= self.off_after
-
-    def before_batch(self):
-        "Replace the images by mixed ones"
-        if len(self.learn.xb) != 1 or len(self.learn.yb) != 1:
-            raise ValueError(f"batches must be one tensor of images and one of labels, got {len(self.learn.xb)} inputs "
-                             f"and {len(self.learn.yb)} targets")
-        images, target = (batch[0].as_subclass(Tensor) for batch in (self.learn.xb, self.learn.yb))
-        mixed = (unmixed(images, target) if self.off else
-                 self.informed(images, target, model=self.learn.model, generator=self.generator))
-        if not isinstance(mixed, Mixed): raise TypeError(f"`mixer` must return a Mixed, got {type(mixed).__name__}")
-        self.mixed = mixed
-        self.learn.xb = (mixed.images,)
-
-    def after_loss(self):
-        "Replace the value of the loss"
-        logits = self.learn.pred.as_subclass(Tensor)
-        self.check_loss(logits)
-        loss = self.compute_loss(logits)
-        self.learn.loss_grad, self.learn.loss = loss, loss.detach().clone()
-
-    def remember(self, ratio):
-        "Keep the batch for `show_mixed`, and its shares, the mixer's and `ratio` (N,), for `plot_ratio`"
-        self.last = (self.mixed, ratio)
-        self.history.append((self.mixed.lam, ratio))
+    def __getstate__(self): # exports hold no images
+        return super().__getstate__() | {"mixed": None, "last": None}
 
 # %% ../../nbs/sumix/50_mix.ipynb #deb95df5
 @patch
-def compute_loss(self:Mix,
-    logits:Tensor, # (N, K) logits of the mixed images
-)->Tensor: # 0-d
-    "The mixed loss of the batch"
-    mixed = self.mixed
-    self.remember(mixed.lam)
-    return mixed_loss(self.learn.loss_func, logits, logits, mixed.target_a, mixed.target_b, mixed.lam)
+def before_fit(self:Mix):
+    "Look for callbacks that mix as well, and seed the generator once"
+    others = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler, Mix)) and cb is not self]
+    if others:
+        raise ValueError(f"{type(self).__name__} cannot mix what {others} mixes too: "
+                         "keep one of them")
+    if self.generator is None:
+        seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
+        self.generator = torch.Generator().manual_seed(seed + rank_distrib())
+    self.loss_checked, statistics = False, normalisation(getattr(self.learn, "dls", None))
+    self.informed = tell_statistics(self.mixer, *statistics) if statistics else self.mixer
 
-# %% ../../nbs/sumix/50_mix.ipynb #c4a0f456
+# %% ../../nbs/sumix/50_mix.ipynb #88f44469
 @patch
-def check_loss(self:Mix,
-    logits:Tensor, # (N, K) logits of the mixed images
-)->None:
-    "In the first batch of a fit: `ValueError` if the Learner's loss is not the mean or sum that we would mix"
+def before_batch(self:Mix):
+    "Replace the images by mixed ones"
+    if len(self.learn.xb) != 1 or len(self.learn.yb) != 1:
+        raise ValueError(f"batches must be one tensor of images and one of labels, got "
+                         f"{len(self.learn.xb)} inputs and {len(self.learn.yb)} targets")
+    images, target = (batch[0].as_subclass(Tensor) for batch in (self.learn.xb, self.learn.yb))
+    if target.ndim > 2 or target.ndim == 2 and not target.is_floating_point():
+        raise ValueError("labels must be one per image to be mixed, (N,) or floating point (N, K), "
+                         f"got {target.dtype} {tuple(target.shape)}: masks cannot be mixed")
+    off = self.off_after < 1 and self.learn.pct_train >= self.off_after
+    self.mixed = unmixed(images, target) if off else self.informed(
+        images, target, model=self.learn.model, generator=self.generator)
+    if not isinstance(self.mixed, Mixed):
+        raise TypeError(f"`mixer` must return a Mixed, got {type(self.mixed).__name__}")
+    self.learn.xb = (self.mixed.images,)
+
+
+@patch
+def after_pred(self:Mix):
+    "Look whether the network returned logits"
+    if isinstance(self.learn.pred, Tensor): return
+    raise TypeError(
+        f"the network must return a tensor of logits in a Learner, got "
+        f"{type(self.learn.pred).__name__}: build it without auxiliary outputs, or let a forward "
+        "hook return the logits, model.register_forward_hook(lambda model, inputs, output: ...)")
+
+# %% ../../nbs/sumix/50_mix.ipynb #bd867dd0
+@patch
+def check_loss(self:Mix, logits:Tensor):
+    "In the first batch of a fit: is the Learner's loss the mean or sum that we would mix?"
     if self.loss_checked: return
-    target, theirs = self.mixed.target_a, self.learn.loss.detach()
-    ours = mixed_loss(self.learn.loss_func, logits, logits, target, target, 1.0).detach()
-    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 3e-2
-    if not torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise ValueError(f"`loss_func` ({self.learn.loss_func}) takes its mean in a way that cannot be mixed: it "
-                         f"gives {theirs.item():.4f}, its samples {ours.item():.4f}. Use e.g. nn.CrossEntropyLoss")
+    target, theirs, loss_func = self.mixed.target_a, self.learn.loss.detach(), self.learn.loss_func
+    ours = mixed_loss(loss_func, logits, logits, target, target, 1.0).detach()
+    close = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 3e-2
+    if not torch.allclose(ours.float(), theirs.float(), rtol=close, atol=close, equal_nan=True):
+        raise ValueError(f"`loss_func` ({loss_func}) takes its mean in a way that cannot be mixed: "
+                         f"it gives {theirs.item():.4f}, its samples {ours.item():.4f}. "
+                         "Use e.g. nn.CrossEntropyLoss")
     self.loss_checked = True
 
-# %% ../../nbs/sumix/50_mix.ipynb #dc6dc303
+# %% ../../nbs/sumix/50_mix.ipynb #5261647e
+@patch
+def remember(self:Mix, share:Tensor):
+    "Keep the batch for `show_mixed`, and its shares (N,), the mixer's and the label's"
+    self.last = (self.mixed, share)
+    both = (self.mixed.lam, share)
+    self.history.append([s.tolist() if s.device.type == "cpu" else s for s in both])
+    del self.history[:-self.keep]
+
+# %% ../../nbs/sumix/50_mix.ipynb #b0d30663
+@patch
+def after_loss(self:Mix):
+    "Replace the value of the loss"
+    logits = self.learn.pred.as_subclass(Tensor)
+    self.check_loss(logits)
+    loss = self.compute_loss(logits)
+    self.learn.loss_grad, self.learn.loss = loss, loss.detach().clone()
+
+
+@patch
+def compute_loss(self:Mix, logits:Tensor)->Tensor:
+    "The mixed loss of the batch, from the logits (N, K) of the mixed images"
+    mixed, share, loss_func = self.mixed, self.share(), self.learn.loss_func
+    self.remember(share)
+    return mixed_loss(loss_func, logits, logits, mixed.target_a, mixed.target_b, share)
+
+
+@patch
+def share(self:Mix)->Tensor:
+    "The share of the first image in each label, (N,): that of the mixer"
+    return self.mixed.lam
+
+# %% ../../nbs/sumix/50_mix.ipynb #1d9d6897
 @patch
 def shares(self:Mix,
     batches:int|None=None, # The last so many; all that are remembered by default
-)->tuple[Tensor, Tensor]: # (M,) lambda and (M,) lambda~ of their samples, on the Learner's device
-    "The shares that were mixed and labelled by; `ValueError` before any training, or for less than one batch"
+)->tuple[Tensor, Tensor]: # (M,) lambda and (M,) share of the label, on the Learner's device
+    "The shares that were mixed and labelled by"
     if batches is not None: check_whole("batches", batches, 1)
     if not self.history: raise ValueError("nothing was mixed yet: `fit` first")
-    last = list(self.history)[-(batches or len(self.history)):]
-    return tuple(torch.cat([pair[i] for pair in last]) for i in (0, 1))
+    last = self.history[-(batches or len(self.history)):]
+    return tuple(torch.cat([torch.as_tensor(pair[i]) for pair in last]) for i in (0, 1))
 
-# %% ../../nbs/sumix/50_mix.ipynb #df30d020
+# %% ../../nbs/sumix/50_mix.ipynb #794a9576
 @patch
 def plot_ratio(self:Mix,
     ax=None, # Axes to draw on; a new figure by default
 ): # The axes drawn on
-    "lambda~ against lambda for the samples of the remembered batches; `ValueError` before any training"
+    "Share of the label against lambda, for the samples of the remembered batches"
     lam, ratio = (share.float().cpu() for share in self.shares())
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), layout="constrained")[1]
     ax.hist2d(lam.numpy(), ratio.numpy(), bins=40, range=[[0, 1], [0, 1]], cmin=1)
@@ -145,20 +168,21 @@ def plot_ratio(self:Mix,
     ax.set(xlabel=r"$\lambda$ (area)", ylabel=r"$\tilde\lambda$ (label)")
     return ax
 
-# %% ../../nbs/sumix/50_mix.ipynb #1dbed8e2
+# %% ../../nbs/sumix/50_mix.ipynb #9c86fdf2
 @patch
 def show_mixed(self:Mix,
     n:int=6, # How many images
     axes=None, # Axes to draw on; a new figure by default
 ): # The axes drawn on
-    "The first images of the last mixed batch, with lambda and lambda~; `ValueError` before any training"
+    "The first images of the last mixed batch, with lambda and the share of the label"
     if self.last is None: raise ValueError("nothing to show yet: `fit` first")
-    mixed, ratio = self.last
-    images, lam = mixed.images[:n], mixed.lam
-    decoded = self.learn.dls.train.after_batch.decode((TensorImage(images.detach()),))[0].cpu()
-    if not decoded.is_floating_point(): decoded = decoded / 255
-    if axes is None: axes = plt.subplots(1, len(images), figsize=(8, 1.9), layout="constrained", squeeze=False)[1][0]
-    for ax, image, area, share in zip(axes, decoded, lam.tolist(), ratio.tolist(), strict=False):
+    (mixed, ratio), decode = self.last, getattr(self.learn.dls.train, "after_batch", None)
+    images, lam = mixed.images[:n].detach(), mixed.lam
+    if decode is not None: images = decode.decode((TensorImage(images),))[0]
+    else: images = (images - images.amin()) / (images.amax() - images.amin())
+    if not images.is_floating_point(): images = images / 255
+    if axes is None: axes = plt.subplots(1, len(images), figsize=(8, 1.9), squeeze=False)[1][0]
+    for ax, image, area, share in zip(axes, images.cpu(), lam.tolist(), ratio.tolist()):
         ax.imshow(image.permute(1, 2, 0).clip(0, 1), interpolation="nearest")
         ax.set_title(f"λ {area:.2f}" + ("" if ratio is lam else f", λ~ {share:.2f}"), fontsize=8)
         ax.set_xticks([]), ax.set_yticks([])
@@ -166,15 +190,17 @@ def show_mixed(self:Mix,
 
 # %% ../../nbs/sumix/50_mix.ipynb #4508b64a
 class MixedAccuracy(Metric):
-    "Accuracy that gives each prediction the share its class has in the label; use with `Recorder(train_metrics=True)`"
+    "Accuracy by shares of the label; use with `Recorder(train_metrics=True)`"
     def reset(self): self.total, self.count = 0.0, 0
 
     def accumulate(self, learn):
         "Add a batch"
-        prediction, mix = learn.pred.argmax(-1), next((cb for cb in learn.cbs if isinstance(cb, Mix)), None)
+        prediction = learn.pred.argmax(-1)
+        mix = next((cb for cb in learn.cbs if isinstance(cb, Mix)), None)
         if learn.training and mix is not None:
             mixed, ratio = mix.last
-            right = ratio * (prediction == mixed.target_a) + (1 - ratio) * (prediction == mixed.target_b)
+            first, second = prediction == mixed.target_a, prediction == mixed.target_b
+            right = ratio * first + (1 - ratio) * second
         else: right = (prediction == learn.y).float()
         self.total += right.sum().item()
         self.count += len(prediction)

@@ -1,0 +1,170 @@
+"`SUMixStep` in plain loops: equal to the callback, with outputs of any form, wrapped, saved, and refused clearly"
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from sumix_nb.mixers.choosing import OneOf
+from sumix_nb.mixers.cutmix import CutMix
+from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.step import HEAD_NAME, SUMixStep
+from tests.sumix.learners import K, Fixed, Spy, fit, learner, make_dls, weights, with_bn, without_bn
+
+
+def batch(n=8, size=6):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, size, size, generator=generator), torch.randint(K, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("options", [{}, {"variant": "released"}, {"z": "features", "hidden": (5,)}, {"relabel": False},
+                                     {"xi": 2.0, "variant": "corrected"}])
+def test_a_plain_loop_sees_the_losses_and_gradients_of_the_callback(options, clean):
+    torch.manual_seed(1)
+    spy, learn = Spy(), learner(SUMix(Fixed(), clean=clean, **options), lr=0.0)
+    model = copy.deepcopy(learn.model)
+    model[-1]._forward_pre_hooks.clear()
+    fit(learn, cbs=spy)
+    step = SUMixStep(model, Fixed(), clean=clean, **options)
+    for (images, target), seen, gradients in zip(learn.dls.train, spy.batches, spy.gradients, strict=True):
+        model.zero_grad()
+        terms = step(images, target)
+        terms.loss.backward()
+        assert torch.equal(terms.loss.detach(), seen.loss)
+        own = [p.grad for p in step.parameters() if p.grad is not None]
+        assert len(own) == len(gradients) and all(torch.equal(a, b) for a, b in zip(own, gradients, strict=True))
+
+
+def test_the_loss_function_and_the_generator_are_those_given():
+    images, target = batch()
+    weight, drawn = torch.tensor([10.0, 1.0, 0.5, 2.0]), []
+    for _ in range(2):
+        model = without_bn()
+        step = SUMixStep(model, CutMix(), nn.CrossEntropyLoss(weight=weight), torch.Generator().manual_seed(3), xi=0.0)
+        for parameter in step.head.parameters(): nn.init.zeros_(parameter)
+        drawn.append(step(images, target).loss.item())
+    mixed = CutMix()(images, target, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(): ratio, logits = step(images, target).ratio, model(mixed.images)
+    assert drawn[0] == drawn[1] and ratio.shape == (8,) and logits.isfinite().all()
+
+
+def test_a_batch_that_was_not_mixed_is_passed_once_and_gives_the_usual_loss():
+    model, passes, (images, target) = without_bn(), [], batch()
+    step = SUMixStep(model, OneOf([CutMix()], p=[0.0]))
+    model.register_forward_pre_hook(lambda model, inputs: passes.append(len(inputs[0])))
+    terms = step(images, target)
+    terms.loss.backward()
+    assert passes == [8] and not any(p.grad.any() for p in step.head.parameters())
+    torch.testing.assert_close(terms.loss, F.cross_entropy(model(images), target))
+
+
+class Returns(nn.Module):
+    "A network that packs its logits and features"
+    def __init__(self, pack): super().__init__(); self.net, self.pack = without_bn(), pack
+    def forward(self, x):
+        features = self.net[:-1](x)
+        return self.pack(self.net[-1](features), features)
+
+
+@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("pack", [lambda z, f: (z,), lambda z, f: (f, z), lambda z, f: {"logits": z, "features": f},
+                                  lambda z, f: {"out": z}, lambda z, f: SimpleNamespace(logits=z, loss=None)])
+def test_logits_are_found_in_tuples_dictionaries_and_objects(pack, clean):
+    images, target = batch()
+    losses = []
+    for model in (without_bn(), Returns(pack)):
+        torch.manual_seed(1)
+        losses.append(SUMixStep(model, Fixed(), clean=clean)(images, target).loss)
+    torch.testing.assert_close(*losses)
+
+
+def test_where_the_logits_could_be_two_things_it_is_asked():
+    for pack in (lambda z, f: (z, z), lambda z, f: {"a": z, "b": z}, lambda z, f: "logits", lambda z, f: [f]):
+        with pytest.raises(TypeError, match="`model` must return logits .* that could be it: wrap"):
+            SUMixStep(Returns(pack), Fixed())(*batch())
+
+
+def test_googlenet_trains_on_its_logits_and_leaves_its_auxiliary_outputs_out():
+    torch.manual_seed(0)
+    model = torchvision.models.googlenet(weights=None, num_classes=K, aux_logits=True, init_weights=False)
+    step = SUMixStep(model, Fixed())
+    terms = step(*batch(4, size=96))
+    terms.loss.backward()
+    assert step.classifier is model.fc and terms.loss.isfinite() and model.conv1.conv.weight.grad.abs().sum() > 0
+    assert model.aux1.fc2.weight.grad is None
+
+
+def test_the_head_is_saved_and_leaves_a_plain_network_behind():
+    model = with_bn()
+    step = SUMixStep(model, "cutmix")
+    assert f"5.{HEAD_NAME}.layers.0.weight" in model.state_dict()
+    assert any(p is q for p in step.head.parameters() for q in step.parameters())
+    again = SUMixStep(model, "mixup")
+    assert again.head is step.head
+    plain = {key: value for key, value in model.state_dict().items() if f"{HEAD_NAME}." not in key}
+    with_bn().load_state_dict(plain)
+    again.detach()
+    assert set(model.state_dict()) == set(plain)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_a_network_compiled_before_the_step_came_is_tapped_too(backend):
+    losses, (images, target) = [], batch()
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = without_bn()
+        if compiled: model = torch.compile(model, backend=backend)
+        model(images)
+        torch.manual_seed(1)
+        losses.append(SUMixStep(model, Fixed())(images, target).loss.item())
+    torch._dynamo.reset()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_autocast_gives_a_loss_in_full_precision():
+    step = SUMixStep(without_bn(), Fixed())
+    full = step(*batch()).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16): half = step(*batch()).loss
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(full.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize(("error", "match", "make"), [
+    (TypeError, "`relabel` must be True or False", lambda: SUMixStep(with_bn(), "cutmix", relabel="no")),
+    (TypeError, "`generator` must be", lambda: SUMixStep(with_bn(), "cutmix", generator=3)),
+    (TypeError, "unexpected keyword argument 'off_after'", lambda: SUMixStep(with_bn(), "cutmix", off_after=1)),
+    (ValueError, "`mixer` must be one of", lambda: SUMixStep(with_bn(), "cutmax")),
+    (ValueError, r"call `model.train\(\)` first", lambda: SUMixStep(with_bn().eval(), Fixed())(*batch())),
+    (ValueError, "SUMix needs class.*`Mix`", lambda: SUMixStep(with_bn(), Fixed())(batch()[0], torch.rand(8, K))),
+    (ValueError, "at least 2 classes", lambda: SUMixStep(with_bn(1), Fixed())(*batch()))])
+def test_mistakes_are_named(error, match, make):
+    with pytest.raises(error, match=match): make()
+
+
+def test_weights_do_not_change_when_labels_are_refused():
+    model = with_bn()
+    step, before = SUMixStep(model, Fixed()), weights(model)
+    with pytest.raises(ValueError, match="SUMix needs"): step(batch()[0], torch.rand(8))
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_the_step_needs_no_fastai():
+    code = "import sys; from sumix_nb import SUMixStep; assert 'fastai' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_loaders_of_pytorch_feed_the_step():
+    model = without_bn()
+    step = SUMixStep(model, "cutmix", generator=torch.Generator().manual_seed(0))
+    optimiser, losses = torch.optim.SGD(step.parameters(), lr=0.2), []
+    for _ in range(12):
+        for images, target in make_dls(plain=True).train:
+            loss = step(images, target).loss
+            optimiser.zero_grad(), loss.backward(), optimiser.step()
+            losses.append(loss.item())
+    assert sum(losses[-3:]) < sum(losses[:3])
