@@ -40,7 +40,7 @@ def option_parser()->argparse.ArgumentParser:
     groups, helps = {name: parser.add_argument_group(name) for name in GROUPS}, docments(Recipe)
     def add(group, name, text, **options): groups[group].add_argument(name, help=text, **options)
     add("data", "--data-dir", "folder of the data set; else $SUMIX_DATA/<data>, else a download")
-    add("data", "--workers", "processes that decode images (default: a core each, at most 8)", type=int)
+    add("data", "--workers", "processes that decode images (default: up to 8)", type=int)
     add("training", "--recipe", "a published training, e.g. cifar100-resnet18-cutmix-sumix")
     add("training", "--device", "where to train (default: the fastest found)")
     add("training", "--sync-bn", "BatchNorm over all processes", type=bool_arg, default=False)

@@ -127,7 +127,8 @@ class FakeWeights:
         return get_model("resnet18", 1000, width=64, stem="standard").state_dict()
 
 
-@pytest.mark.parametrize("options", [["--mixr", "cutmix"], ["--epochs", "two"], ["--mixer-options", "mode"], ["--limit", "5,few"]])
+@pytest.mark.parametrize("options", [["--mixr", "cutmix"], ["--epochs", "two"], ["--mixer-options", "mode"],
+                                     ["--limit", "5,few"]])
 def test_misspelt_options_end_with_the_usage(options, capsys):
     with pytest.raises(SystemExit) as error: sumix_train(options)
     assert error.value.code == 2 and "usage: sumix_train" in capsys.readouterr().err
