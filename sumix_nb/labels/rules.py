@@ -48,7 +48,7 @@ class Ratio:
         mixed, (z_mixed, z) = evidence.mixed, (getattr(evidence, name) for name in self.needs)
         ratio = mix_ratio(z_mixed.detach(), *evidence.sources(z.detach()), mixed.lam,
                           variant=self.variant, target_a=mixed.target_a, target_b=mixed.target_b)
-        return ratio.mean().expand_as(ratio) if self.variant == "released" else ratio
+        return VARIANTS[self.variant].label(ratio)
 
 
 RULES = {"area": Area(), "drawn": Drawn(), **{variant: Ratio(variant) for variant in VARIANTS}}

@@ -13,7 +13,7 @@ from sumix_nb.models.networks import MODELS
 from sumix_nb.sumix.callback import CLEAN
 from sumix_nb.sumix.ratio import VARIANTS
 from sumix_nb.training.recipe import CHOICES, GROUPS, RANGES, WHOLE, Recipe
-from sumix_nb.training.records import MIXERS
+from sumix_nb.mixers.choosing import MIXERS
 
 
 @pytest.mark.parametrize(("field", "value"), [
