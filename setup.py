@@ -32,6 +32,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["sumix_nb", "sumix_nb.*"]),
+    package_data={"sumix_nb.training": ["*.csv"]},
     install_requires=lines("requirements"),
     extras_require={key.removesuffix(EXTRA): lines(key) for key in settings if key.endswith(EXTRA)},
     entry_points={

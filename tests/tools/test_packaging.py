@@ -50,7 +50,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_exports_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive: names = archive.namelist()
     found = {name for name in names if ".dist-info/" not in name}
-    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "sumix_nb").rglob("*.py")}
+    files = [file for kind in ("py", "csv") for file in (ROOT / "sumix_nb").rglob(f"*.{kind}")]
+    expected = {str(file.relative_to(ROOT)) for file in files}
     assert found == expected
 
 
