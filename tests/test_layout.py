@@ -117,7 +117,7 @@ def test_the_graph_sees_imports():
 def test_modules_and_lines_are_short(name):
     text = MODULES[name].read_text("utf-8")
     assert len(text.splitlines()) <= 350
-    ours = text.partition("# %% auto")[2].partition("# %% ")[2]  # without the docstring and `__all__`, which nbdev lays out
+    ours = text.partition("# %% auto")[2].partition("# %% ")[2]  # without docstring and `__all__`, laid out by nbdev
     long = [line for line in ours.splitlines() if len(line) > 100 and not line.startswith("# %%")]
     assert not long, long[:3]
 
