@@ -4,7 +4,7 @@ import csv
 import pytest
 import torch
 
-from sumix_nb.training.published import PUBLISHED, find_recipe
+from sumix_nb.training.published import PUBLISHED
 from sumix_nb.training.recipe import CHOICES
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import GOLDEN
@@ -90,9 +90,3 @@ def test_two_steps_at_a_reduced_or_full_size_are_finite_and_change_the_weights(n
     still = {key for key in before if key in trained and torch.equal(before[key], after[key])}
     assert len(still) <= 0.1 * len(trained), still
     assert any("uncertainty" in key for key in trained - still) == name.endswith("-sumix")
-
-
-def test_rows_are_found_by_name_and_suggested_by_nearest():
-    with pytest.raises(ValueError, match="cifar100-swin_tiny-cutmix"): find_recipe("cifar100-swin-cutmix")
-    with pytest.raises(ValueError, match="`recipe` must be one of 106"): find_recipe(7)
-    assert len(SETUPS) == 12

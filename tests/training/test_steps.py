@@ -8,10 +8,8 @@ from fastai.callback.core import CancelFitException, Callback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 
-from sumix_nb.sumix.callback import SUMix
 from sumix_nb.data.loaders import get_dls
 from sumix_nb.training.steps import LossNumbers, WeightAverage
-from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.models.networks import get_model
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.train import make_learner, train
@@ -26,16 +24,6 @@ def fit(*callbacks, epochs=1, lr=0.05):
     learn = Learner(get_dls("digits", limit=100, bs=25), model, opt_func=SGD, cbs=list(callbacks))
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr)
     return learn
-
-
-def test_the_average_is_validated_and_kept_with_sumix():
-    average = WeightAverage(0.5)
-    learn = fit(SUMix(CutMix(), seed=0), average, epochs=2)
-    assert any("uncertainty" in name for name, _ in learn.model.named_parameters())
-    kept = [value.clone() for value in average.average]
-    assert all(torch.equal(mean, tensor) for mean, tensor in zip(kept, average.tensors(), strict=True))
-    with learn.no_bar(): first = learn.validate()[0]
-    with learn.no_bar(): assert learn.validate()[0] == first
 
 
 def test_a_validation_that_ends_early_gives_the_weights_back():
