@@ -117,7 +117,8 @@ def read_record(
         if [epoch["epoch"] for epoch in epochs] != list(range(recipe.epochs)):
             raise ValueError(f"it must have {recipe.epochs} epochs")
         for facts in (record, *epochs):
-            for name in ("seconds", "seconds_per_step"): check_number(name, facts[name], 0, math.inf)
+            for name in ("seconds", "seconds_per_step"):
+                check_number(name, facts[name], 0, math.inf)
         for epoch in epochs:
             check_number("train_loss", epoch["train_loss"], -math.inf, math.inf)
             if recipe.validate_every == 1 or epoch["accuracy"] is not None:
