@@ -173,10 +173,9 @@ def make_learner(
     if recipe.clip: callbacks.append(GradientClip(recipe.clip))
     if recipe.spare_norms: callbacks.append(SpareFromDecay())
     if recipe.ema: callbacks.append(WeightAverage(recipe.ema))
-    shape = {name: getattr(recipe, name) for name in ("width", "stem", "pretrained")}
-    size = recipe.size or SOURCES[recipe.data].size
     with no_random(recipe.seed):
-        model = get_model(recipe.model, dls.c, size=size, **shape)
+        model = get_model(recipe.model, dls.c, recipe.width, recipe.stem,
+                          recipe.size or SOURCES[recipe.data].size, recipe.pretrained)
     if recipe.compile: model.compile()
     sgd = partial(SGD, mom=recipe.momentum, decouple_wd=False)
     adamw = partial(Adam, mom=recipe.momentum, sqr_mom=0.999, eps=1e-8)

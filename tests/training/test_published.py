@@ -4,7 +4,7 @@ import csv
 import pytest
 import torch
 
-from sumix_nb.training.published import PUBLISHED, find_recipe, published_table
+from sumix_nb.training.published import PUBLISHED
 from sumix_nb.training.recipe import CHOICES
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import GOLDEN
@@ -69,12 +69,17 @@ def test_views_match_the_augmentation_in_words():
     for name, row in table("recipes.csv"): assert words[PUBLISHED[name].settings["view"]] in row["train_aug"], name
 
 
-@pytest.mark.parametrize("name", [name for name in RUNNABLE if "18-" in name and "100" in name or "cutmix" in name])
-def test_two_steps_at_a_reduced_size_are_finite_and_change_the_weights(name):
+CASES = [(name, False) for name in RUNNABLE if "18-" in name and "100" in name or "cutmix" in name]
+CASES += [pytest.param(f"{setup}-cutmix-sumix", True, marks=pytest.mark.slow) for setup in SETUPS]
+
+
+@pytest.mark.parametrize(("name", "full"), CASES)
+def test_two_steps_at_a_reduced_or_full_size_are_finite_and_change_the_weights(name, full):
     row = PUBLISHED[name]
-    width, size = SIZES[row.settings["model"]]
-    view = row.settings["view"]
-    recipe = row.recipe(data="digits", width=width, size=size, epochs=1, bs=8, limit=16, pretrained=False, view=view)
+    view, (width, size) = row.settings["view"], SIZES[row.settings["model"]]
+    sizes = {"size": {"crop": 32, "tiny_imagenet": 64}.get(view, 224)} if full else {"width": width, "size": size}
+    bs = 2 if full else 8
+    recipe = row.recipe(data="digits", epochs=1, bs=bs, limit=2 * bs, pretrained=False, **sizes)
     learn = make_learner(recipe, device="cpu", workers=0)
     before = {key: value.clone() for key, value in learn.model.state_dict().items() if value.is_floating_point()}
     record = train(recipe, progress=False, learn=learn)
@@ -85,39 +90,3 @@ def test_two_steps_at_a_reduced_size_are_finite_and_change_the_weights(name):
     still = {key for key in before if key in trained and torch.equal(before[key], after[key])}
     assert len(still) <= 0.1 * len(trained), still
     assert any("uncertainty" in key for key in trained - still) == name.endswith("-sumix")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("setup", SETUPS)
-def test_one_step_of_the_full_network(setup):
-    row = PUBLISHED[f"{setup}-cutmix-sumix"]
-    size = row.settings.get("size") or {"crop": 32, "tiny_imagenet": 64}.get(row.settings["view"], 224)
-    recipe = row.recipe(data="digits", size=size, epochs=1, bs=2, limit=10, pretrained=False)
-    learn = make_learner(recipe, device="cpu", workers=0)
-    batch = learn.dls.train.one_batch()
-    learn.dls.train.get_idxs = lambda: [0, 1]
-    before = [parameter.clone() for parameter in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, recipe.lr)
-    assert batch[0].shape == (2, 3, size, size) and torch.tensor(float(learn.recorder.losses[0])).isfinite()
-    changes = [not torch.equal(old, new) for old, new in zip(before, learn.model.parameters(), strict=True)]
-    assert sum(changes) > 0.9 * len(changes)
-
-
-def test_rows_are_found_by_name_and_suggested_by_nearest():
-    assert find_recipe("imagenet-resnet18-fmix").recipe() == PUBLISHED["imagenet-resnet18-fmix"].recipe()
-    with pytest.raises(ValueError, match="cifar100-swin_tiny-cutmix"): find_recipe("cifar100-swin-cutmix")
-    with pytest.raises(ValueError, match="`recipe` must be one of 106"): find_recipe(7)
-    assert len(SETUPS) == 12
-
-
-def test_a_shortened_warmup_keeps_its_share():
-    row = find_recipe("cifar100-deit_small-fmix-sumix")
-    assert (row.recipe().epochs, row.recipe().warmup) == (200, 20.0)
-    assert row.recipe(epochs=10).warmup == 1.0 and row.recipe(epochs=10, warmup=0.5).warmup == 0.5
-
-
-def test_what_cannot_be_run_says_so():
-    for mixer in ("puzzlemix", "automix", "adautomix"):
-        with pytest.raises(ValueError, match=f"no `mixer` '{mixer}'"): PUBLISHED[f"cifar100-resnet18-{mixer}"].recipe()
-    row = published_table([], [PUBLISHED["cifar100-resnet18-automix"]]).iloc[0].tolist()
-    assert row[3:] == ["82.04", "cannot be run", "", "", "0"]

@@ -1,6 +1,5 @@
 "Runs: what is logged, what is skipped, which batches a method sees, and the demo"
 import gc
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,10 +39,11 @@ def test_a_search_is_no_epoch_and_a_used_learner_is_refused():
     assert len(learn.epoch_log.epochs) == 2
 
 
-def test_a_diverged_training_says_so_with_sumix_too():
-    for method in ("mce", "sumix"):
-        with pytest.raises(FloatingPointError, match="lower"):
-            train(replace(TINY, mixer="cutmix", method=method, lr=1e12, epochs=3), progress=False)
+@pytest.mark.parametrize("method", ["mce", "sumix"])
+def test_a_diverged_training_says_so_and_leaves_no_record(method, tmp_path):
+    recipe = replace(TINY, mixer="cutmix", method=method, lr=1e12, epochs=3)
+    with pytest.raises(FloatingPointError, match="lower"): train(recipe, progress=False, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Batches(Callback):
@@ -70,20 +70,6 @@ def test_all_methods_see_the_same_batches_and_mixtures_from_the_same_weights():
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_controls_pass_the_clean_batch_and_learn_from_it_only_if_told():
-    trained = {}
-    for method in ("mce", "mce_bn", "mce_clean"):
-        recipe = replace(TINY, mixer="cutmix", method=method)
-        learn = make_learner(recipe)
-        train(recipe, progress=False, learn=learn)
-        trained[method] = learn.model
-    weights = {method: dict(model.named_parameters()) for method, model in trained.items()}
-    statistics = {method: model.bn1.running_mean for method, model in trained.items()}
-    for name, weight in weights["mce"].items():
-        assert torch.equal(weight, weights["mce_bn"][name]) and not torch.equal(weight, weights["mce_clean"][name])
-    assert not torch.equal(statistics["mce"], statistics["mce_bn"])
-
-
 @pytest.mark.parametrize("variant", ["poster", "released", "corrected"])
 @pytest.mark.parametrize("clean", ["no_grad", "concat", "separate"])
 def test_every_variant_trains_in_bf16(variant, clean):
@@ -92,11 +78,6 @@ def test_every_variant_trains_in_bf16(variant, clean):
     epoch = record["epochs"][-1]
     assert all(torch.tensor(value).isfinite() for value in epoch.values())
     assert 0 < epoch["lam"] < 1 and 0 < epoch["ratio"] < 1 and epoch["shift"] > 0
-
-
-def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_record(tmp_path):
-    with pytest.raises(FloatingPointError, match="`lr`"): train(replace(TINY, lr=1e30), progress=False, folder=tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def without_clocks(record):
@@ -121,25 +102,17 @@ def test_a_skipped_validation_reads_no_image_and_leaves_a_gap():
         def after_batch(self): self.seen.append((self.epoch, self.training))
     learn = make_learner(replace(TINY, epochs=3, validate_every=3))
     learn.add_cb(Count())
-    train(TINY, progress=False, learn=learn)  # one epoch, the last
-    assert sum(not training for _, training in learn.count.seen) == 2
-    learn = make_learner(replace(TINY, epochs=3, validate_every=3))
-    learn.add_cb(Count())
     with learn.no_bar(), learn.no_logging(): learn.fit(3)
     assert {epoch for epoch, training in learn.count.seen if not training} == {2}
-    assert [math.isnan(row[2]) for row in learn.recorder.values] == [True, True, False]
-    assert all(len(row) == 3 for row in learn.recorder.values)
 
 
 def test_a_validation_that_was_asked_for_is_never_skipped():
     class Stop(Callback):
         order = 70
-        def after_train(self):
-            if self.epoch == 0: raise KeyboardInterrupt
+        def after_train(self): raise KeyboardInterrupt
     learn = make_learner(replace(TINY, epochs=3, validate_every=3))
     with learn.no_bar(), learn.no_logging():
         with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=Stop())
-        learn.remove_cbs(Stop)
         assert 0 <= learn.validate()[1] <= 1
 
 
