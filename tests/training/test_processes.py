@@ -317,12 +317,12 @@ def test_one_process_trains_as_ever():
 
 
 def test_batchnorm_over_all_processes_takes_the_place_of_the_usual_one(monkeypatch):
-    monkeypatch.setattr(distributed, "DistributedDataParallel", nn.DataParallel)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, init_sync: nn.DataParallel(model))
     monkeypatch.setattr(distributed.Distributed, "take_share", lambda self, even: None)
     learn = make_learner(Recipe(width=4, limit=60, bs=20, mixer="cutmix", method="sumix"), device="cpu")
     before, keys = [*learn.model.parameters()], [*learn.model.state_dict()]
     together = distributed.Distributed(sync_bn=True)
-    together.learn = learn
+    together.learn, learn.train_iter = learn, 0
     together.before_train()
     layers = [layer for layer in learn.model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     assert len(layers) == 20 and all(type(layer) is nn.SyncBatchNorm for layer in layers)
