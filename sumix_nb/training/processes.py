@@ -105,7 +105,8 @@ class Distributed(Callback):
         if self.parallel is None:
             model = self.learn.model
             if self.sync_bn: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            self.parallel = DistributedDataParallel(model)
+            begins = not self.learn.train_iter  # one that goes on has its state from a checkpoint
+            self.parallel = DistributedDataParallel(model, init_sync=begins)
             self.parallel.broadcast_buffers = False
         self.learn.model = self.parallel
 

@@ -165,11 +165,12 @@ def gather(self:Checkpoint, found)->list:
     return every
 
 @patch
-def own_state(self:Checkpoint)->dict:
+def own_state(self:Checkpoint, facts)->dict:
     "What this process alone knows"
     learn, names = self.learn, ("train_iter", "pct_train", "smooth_loss", "final_record", "scaler")
     buffers = {} if self.group is None else dict(get_model(learn.model).named_buffers())
-    return {"chance": [plain(read()) for read, _ in generators(learn)], "buffers": plain(buffers),
+    return {"facts": facts, "buffers": plain(buffers),
+            "chance": [plain(read()) for read, _ in generators(learn)],
             "loaders": [state_of(dl, ("generator", "epoch", "rng")) for dl in own_loaders(learn)],
             "callbacks": {name: [*map(state_of, cbs)] for name, cbs in takers_part(learn).items()},
             "learner": state_of(learn, names)}
@@ -178,11 +179,11 @@ def own_state(self:Checkpoint)->dict:
 def save(self:Checkpoint, epoch, facts)->None:
     "Write the file after so many epochs; a gradient that is all zero is written as None"
     learn, model, own = self.learn, get_model(self.learn.model), io.BytesIO()
-    torch.save(self.own_state(), own)
+    torch.save(self.own_state(facts), own)
     every = [load_plain(io.BytesIO(part), device_of(learn)) for part in self.gather(own.getvalue())]
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if self.group is None or dist.get_rank() == 0:
-        state = {"format": FORMAT, "facts": facts, "epoch": epoch, "processes": every,
+        state = {"format": FORMAT, "epoch": epoch, "processes": every,
                  "network": plain(model.state_dict()), "optimiser": plain(learn.opt.state_dict()),
                  "gradients": {name: grad if grad.any() else None for name, grad in grads.items()}}
         torch.save(state, whole := io.BytesIO())
@@ -191,9 +192,8 @@ def save(self:Checkpoint, epoch, facts)->None:
 
 # %% ../../nbs/training/60_resume.ipynb #a8174f4f
 @patch
-def restore(self:Checkpoint, saved)->None:
+def restore(self:Checkpoint, saved, own)->None:
     "Give everything its state back, and show the epochs so far"
-    own = saved["processes"][0 if self.group is None else dist.get_rank()]
     learn, model = self.learn, get_model(self.learn.model)
     for name, cbs in takers_part(learn).items():
         for cb, state in zip(cbs, own["callbacks"][name]): put_back(cb, state)
@@ -212,17 +212,19 @@ def restore(self:Checkpoint, saved)->None:
 @patch
 def begin(self:Checkpoint, facts)->int:
     "Read the checkpoint, if there is one; how many epochs are done"
-    saved, _ = {}, self.own_state() # an error if something cannot be kept
+    saved, _ = {}, self.own_state(facts) # an error if something cannot be kept
     self.file.parent.mkdir(parents=True, exist_ok=True)
     remove_scraps(self.file)
     if self.file.exists():
         saved = read_checkpoint(self.file, device_of(self.learn))
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError(f"{self.file} must have format {FORMAT}. Delete it to start afresh")
-        check_facts(saved["facts"], facts, self.file)
+        parts, rank = saved["processes"], 0 if self.group is None else dist.get_rank()
+        own = parts[min(rank, len(parts) - 1)]
+        check_facts(own["facts"], facts, self.file)
     found = self.gather(saved.get("epoch", 0))
     if len(set(found)) > 1: raise ValueError(f"all processes must see one {self.file}, got {found}")
-    if saved: self.restore(saved)
+    if saved: self.restore(saved, own)
     return found[0]
 
 # %% ../../nbs/training/60_resume.ipynb #a53ee505

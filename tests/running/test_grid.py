@@ -145,22 +145,6 @@ def test_two_grids_share_a_folder_and_no_run_is_begun_twice(undisturbed, tmp_pat
     assert all(begun) and sorted(sum(begun, [])) == sorted(recipe.name for recipe in TWELVE)
 
 
-def run_long(out): run_grid([LONG], out, threads=1, quiet=True, checkpoints=out / "running")
-
-
-def seen_by(recipe, out):
-    with claim(recipe, out) as state: return state
-
-
-def test_a_run_is_taken_over_from_a_grid_that_dies(tmp_path, child, wait_until):
-    other = child(run_long, tmp_path)
-    wait_until((tmp_path / "running" / f"{LONG.name}.ckpt").is_file)
-    assert seen_by(LONG, tmp_path) == "busy"
-    other.kill()
-    other.join()
-    assert seen_by(LONG, tmp_path) == "waiting"
-
-
 def start_and_wait(sender):
     "In a child: a child that lasts"
     with LocalEngine(1, 1).process() as pool:
@@ -368,13 +352,6 @@ def test_threads_are_shared_out_among_the_cores_of_this_process(monkeypatch):
     monkeypatch.setattr(grid, "usable_cores", lambda: 7)
     assert [LocalEngine(jobs).threads for jobs in (1, 2, 8)] == [7, 3, 1]
     if hasattr(os, "sched_getaffinity"): assert usable_cores() == len(os.sched_getaffinity(0))
-
-
-def test_a_failure_out_of_a_callback_is_one_line(tmp_path, here):
-    recipe = Recipe(**TINY | {"lr": 1e12}, mixer="cutmix", method="sumix", epochs=3)
-    run_grid([recipe], tmp_path, quiet=True)
-    line, = failures([recipe], tmp_path)
-    assert "\n" not in line and f"{recipe.name}.txt: " in line and "not finite: lower" in line
 
 
 def test_reading_names_the_file(tmp_path):

@@ -220,16 +220,6 @@ RUN = ("--data", "digits", "--width", "4", "--limit", "60", "--bs", "20", "--epo
        "cutmix", "--method", "sumix", "--out")
 
 
-@pytest.mark.skipif(MISSING, reason=REASON)
-def test_the_command_runs_under_accelerate_and_reports_once(tmp_path, command):
-    words = ("-m", "sumix_nb.running.shell", *RUN, tmp_path, "--log", "tensorboard")
-    text = printed(command(*LAUNCH, *words, ACCELERATE_USE_CPU="true"))
-    [file] = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["processes"] == 2
-    assert len([*tmp_path.glob(f"tensorboard/{file.stem}/events*")]) == 1
-    assert text.count("CutMix + SUMix") == text.count(file.name) == 1
-
-
 def free_port():
     "A port that nobody listens at"
     with socket.socket() as free:
@@ -243,11 +233,12 @@ def test_two_launchers_join_as_two_machines(tmp_path, command):
     machines = [command("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
                         "2", "--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port,
                         "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sumix_nb.running.shell", *RUN,
-                        tmp_path, ACCELERATE_USE_CPU="true") for rank in (0, 1)]
+                        tmp_path, "--log", "tensorboard", ACCELERATE_USE_CPU="true") for rank in (0, 1)]
     texts = [printed(machine) for machine in machines]
     [file] = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["processes"] == 2
     assert [text.count(file.name) for text in texts] == [1, 0]
+    assert len([*tmp_path.glob(f"tensorboard/{file.stem}/events*")]) == 1
 
 
 @pytest.mark.skipif(MISSING, reason=REASON)
@@ -278,6 +269,7 @@ notebook_launcher(run, num_processes=2, use_port=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING, reason=REASON)
 def test_the_launcher_of_notebooks_runs_two_processes(tmp_path, command):
     printed(command("-c", NOTEBOOK, tmp_path, free_port(), ACCELERATE_USE_CPU="true"))
@@ -300,6 +292,7 @@ leave_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING, reason=REASON)
 def test_of_two_processes_one_is_watched_and_both_leave(tmp_path, command):
     pytest.importorskip("wandb", reason="it needs pip install wandb")
@@ -317,12 +310,12 @@ def test_one_process_trains_as_ever():
 
 
 def test_batchnorm_over_all_processes_takes_the_place_of_the_usual_one(monkeypatch):
-    monkeypatch.setattr(distributed, "DistributedDataParallel", nn.DataParallel)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, init_sync: nn.DataParallel(model))
     monkeypatch.setattr(distributed.Distributed, "take_share", lambda self, even: None)
     learn = make_learner(Recipe(width=4, limit=60, bs=20, mixer="cutmix", method="sumix"), device="cpu")
     before, keys = [*learn.model.parameters()], [*learn.model.state_dict()]
     together = distributed.Distributed(sync_bn=True)
-    together.learn = learn
+    together.learn, learn.train_iter = learn, 0
     together.before_train()
     layers = [layer for layer in learn.model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     assert len(layers) == 20 and all(type(layer) is nn.SyncBatchNorm for layer in layers)

@@ -8,7 +8,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (teaches `Learner` `lr_find`)
 
 from sumix_nb.training.recipe import Recipe
@@ -100,14 +99,6 @@ def lasting(record): return [{k: v for k, v in epoch.items() if "second" not in 
 def plain(tmp_path_factory): return run(tmp_path_factory.mktemp("plain"), None)
 
 
-@pytest.mark.parametrize("log", TRACKERS)
-def test_a_run_is_the_same_whether_it_is_watched_or_not(tmp_path, plain, log):
-    learn, record = run(tmp_path, log)
-    assert lasting(record) == lasting(plain[1]) and record["ratio_curve"] == plain[1]["ratio_curve"]
-    for name, value in plain[0].model.state_dict().items(): assert torch.equal(learn.model.state_dict()[name], value)
-    assert {type(cb) for cb in learn.cbs} == {type(cb) for cb in plain[0].cbs} and "gather_args" not in vars(learn)
-
-
 def test_tensorboard_gets_losses_metrics_both_histograms_and_the_terms(tmp_path, plain):
     learn, terms = make_learner(RECIPE, device="cpu"), []
     learn.add_cb(Does(after_batch=lambda learn: learn.training and terms.append(learn.sumix.terms)))
@@ -175,13 +166,11 @@ def test_a_stopped_run_goes_on_in_wandb_with_its_own_steps_and_epochs(tmp_path, 
     assert after[6]["epoch"] == pytest.approx(7 / 3) and any(name.startswith("ratio") for name in after[8])
 
 
-@pytest.mark.parametrize(("first", "then"), [("wandb", None), (None, "wandb"), ("tensorboard", "wandb")])
-def test_a_stopped_run_may_be_watched_in_another_way(tmp_path, plain, first, then):
-    interrupted(tmp_path, first, fail_at=7, every=1)
-    assert lasting(run(tmp_path, then)[1]) == lasting(plain[1])
-    if then == "wandb":
-        after = offline_run(tmp_path).history
-        assert max(after) == 8 and after[8]["epoch"] == 3
+def test_a_stopped_run_may_be_watched_in_another_way(tmp_path, plain):
+    interrupted(tmp_path, "tensorboard", fail_at=7, every=1)
+    assert lasting(run(tmp_path, "wandb")[1]) == lasting(plain[1])
+    after = offline_run(tmp_path).history
+    assert max(after) == 8 and after[8]["epoch"] == 3
 
 
 @pytest.mark.parametrize("logged", [False, True])
@@ -220,6 +209,7 @@ def test_a_second_tracker_is_refused(tmp_path):
         with tracking(learn, "wandb", "run", {}, tmp_path): pass
 
 
+@pytest.mark.slow
 def test_without_login_the_command_ends_with_one_line(tmp_path):
     words = f"--width 4 --epochs 1 --limit 60 --bs 20 --device cpu --log wandb --out {tmp_path}".split()
     done = subprocess.run([sys.executable, "-m", "sumix_nb.running.shell", *words], env=os.environ | {
