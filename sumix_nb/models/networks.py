@@ -170,6 +170,9 @@ def get_model(
     check_choice("stem", stem, ("small", "standard"))
     for argument, value in (("c", c), ("width", 1 if width is None else width), ("size", size)):
         check_whole(argument, value, 1)
+    if pretrained and (name not in RESNETS or stem != "standard" or width not in (None, 64)):
+        raise ValueError(f'`pretrained` needs the published width and stem="standard" of one of '
+                         f"{tuple(RESNETS)}, got width {width}, stem {stem!r} of {name!r}")
     options = {} if width is None else {"width": width}
     if name in RESNETS: options["stem"] = stem
     if name in TRANSFORMERS: options["size"] = size
@@ -193,14 +196,7 @@ def load_imagenet(
     model:nn.Module, # The network, changed in place
 )->None:
     "ImageNet's weights from torchvision, and a small classifier"
-    if name not in RESNETS:
-        raise ValueError(f"`pretrained` weights exist for {sorted(RESNETS)}, got {name!r}")
     weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
-    own = model.state_dict()
     weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    wrong = [key for key in weights if weights[key].shape != own[key].shape]
-    if wrong:
-        raise ValueError(f'`pretrained` needs the published width and stem="standard": {wrong[0]} '
-                         f"is {tuple(own[wrong[0]].shape)}, not {tuple(weights[wrong[0]].shape)}")
     model.load_state_dict(weights, strict=False)
     begin_small(model.fc)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from sumix_nb.labels import RULES, Relabel
+from sumix_nb.labels import Relabel
+from sumix_nb.labels.rules import Ratio
 from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.sumix.callback import CLEAN, SUMix
 from sumix_nb.sumix.mix import Mix
@@ -80,7 +81,7 @@ def test_a_share_outside_0_and_1_or_for_another_batch_is_refused():
         with pytest.raises(ValueError, match="`lam` must"): fit(learner(Relabel(CutMix(), lambda evidence: share)))  # noqa: B023
 
 
-@pytest.mark.parametrize(("rule", "error"), [("areas", ValueError), (0.5, TypeError), (type(RULES["area"]), TypeError)])
+@pytest.mark.parametrize(("rule", "error"), [("areas", ValueError), (0.5, TypeError), (Ratio, TypeError)])
 def test_what_is_no_rule_is_refused(rule, error):
     with pytest.raises(error, match="`rule` must be"): Relabel(CutMix(), rule)
 

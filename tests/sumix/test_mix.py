@@ -15,7 +15,7 @@ from fastai.callback.mixup import CutMix as FastaiCutMix
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat
+from fastai.losses import BCEWithLogitsLossFlat
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastcore.foundation import L
@@ -28,7 +28,7 @@ from sumix_nb.mixers.mixed import MixUp
 from sumix_nb.sumix.callback import SUMix
 from sumix_nb.sumix.mix import Mix, MixedAccuracy
 from tests.sumix.oracles import repeated_loss
-from tests.sumix.learners import EIGHTHS, K, KINDS, N, Fixed, Named, Spy, At, digits, fit
+from tests.sumix.learners import EIGHTHS, K, KINDS, LOSSES, N, WEIGHT, Fixed, Named, Spy, At, digits, fit
 from tests.sumix.learners import learner, make_dls, mix_of, same, throw, weights, with_bn
 from tests.sumix.learners import without_bn
 
@@ -65,19 +65,6 @@ def test_an_exception_in_the_network_leaves_a_learner_that_trains_on(kind):
         with pytest.raises(RuntimeError, match="out of memory"): fit(learn)
         fit(learn)
         copy.deepcopy(learn.model)
-
-
-WEIGHT = torch.tensor([10.0, 1.0, 0.5, 2.0])
-LOSSES = {
-    "nn.CrossEntropyLoss": nn.CrossEntropyLoss(), "F.cross_entropy": F.cross_entropy, "fastai": CrossEntropyLossFlat(),
-    "class weights": nn.CrossEntropyLoss(weight=WEIGHT), "fastai class weights": CrossEntropyLossFlat(weight=WEIGHT),
-    "ignore_index": nn.CrossEntropyLoss(ignore_index=1), "fastai ignore_index": CrossEntropyLossFlat(ignore_index=1),
-    "smoothing": nn.CrossEntropyLoss(label_smoothing=0.1), "sum": nn.CrossEntropyLoss(reduction="sum"),
-    "all": nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1, label_smoothing=0.1),
-    "partial": partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.1),
-    "fastai smoothing": LabelSmoothingCrossEntropyFlat(), "focal": FocalLossFlat(gamma=2.0),
-    "focal, class weights": FocalLossFlat(gamma=2.0, weight=WEIGHT),
-}
 
 
 @pytest.mark.parametrize("name", LOSSES)
