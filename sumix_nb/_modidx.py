@@ -380,8 +380,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sumix_nb/models/networks.py'),
                                           'sumix_nb.models.networks.get_model': ( 'models/networks.html#get_model',
                                                                                   'sumix_nb/models/networks.py'),
-                                          'sumix_nb.models.networks.load_imagenet': ( 'models/networks.html#load_imagenet',
-                                                                                      'sumix_nb/models/networks.py'),
                                           'sumix_nb.models.networks.resnet': ('models/networks.html#resnet', 'sumix_nb/models/networks.py'),
                                           'sumix_nb.models.networks.resnet18': ( 'models/networks.html#resnet18',
                                                                                  'sumix_nb/models/networks.py'),

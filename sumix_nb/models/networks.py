@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'RESNETS', 'TRANSFORMERS', 'resnet', 'resnet18', 'resnext50', 'wide_norm', 'WideBlock', 'WideResNet',
-           'from_timm', 'deit_small', 'swin_tiny', 'get_model', 'begin_small', 'load_imagenet']
+           'from_timm', 'deit_small', 'swin_tiny', 'get_model', 'begin_small']
 
 # %% ../../nbs/models/20_networks.ipynb #52e7a7cf
 from importlib.util import find_spec
@@ -177,7 +177,11 @@ def get_model(
     if name in RESNETS: options["stem"] = stem
     if name in TRANSFORMERS: options["size"] = size
     model = MODELS[name](c, **options)
-    if pretrained: load_imagenet(name, model)
+    if not pretrained: return model
+    weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    model.load_state_dict(weights, strict=False)
+    begin_small(model.fc)
     return model
 
 
@@ -189,14 +193,3 @@ def begin_small(
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-
-
-def load_imagenet(
-    name:str, # Name of the network
-    model:nn.Module, # The network, changed in place
-)->None:
-    "ImageNet's weights from torchvision, and a small classifier"
-    weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
-    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    model.load_state_dict(weights, strict=False)
-    begin_small(model.fc)

@@ -116,15 +116,6 @@ def test_the_tap_keeps_the_last_input_until_it_is_removed():
     assert tap.features is None and not layer._forward_pre_hooks
 
 
-def test_the_tap_for_training_only_ignores_evaluation():
-    layer = nn.Linear(3, 2)
-    tap, x = FeatureTap(layer, training_only=True), torch.randn(4, 3)
-    layer.eval()(x)
-    assert tap.features is None
-    layer.train()(x)
-    assert tap.features is x
-
-
 def test_outputs_that_do_not_come_from_the_layer_are_refused():
     class Unused(nn.Module):
         def __init__(self, c):

@@ -297,19 +297,6 @@ def test_the_history_is_as_long_as_keep_and_holds_the_last_batches():
         assert [pair[0] for pair in other] == [pair[0] for pair in one][1:]
 
 
-def test_show_mixed_after_an_interrupt_shows_images_with_their_own_shares():
-    learn = learner(Mix(CutMix(per_sample=True), seed=0), dls=digits(), model=with_bn(10))
-    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=At("before_backward", throw(KeyboardInterrupt())))
-    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=At("after_pred", throw(KeyboardInterrupt()), order=4))
-    mixed, _ = learn.mix.last
-    assert mixed is not learn.mix.mixed, "the interrupted batch had no loss, and is not shown"
-    axes = learn.mix.show_mixed(3)
-    for i, ax in enumerate(axes):
-        assert ax.get_title() == f"λ {mixed.lam[i].item():.2f}"
-        wanted = (mixed.images[i] * 0.3237 + 0.3054).permute(1, 2, 0).clip(0, 1).numpy()
-        np.testing.assert_allclose(ax.images[0].get_array(), wanted, atol=0.01)
-
-
 @pytest.mark.parametrize("make", [Mix, SUMix])
 def test_show_mixed_shows_the_mixture_in_its_own_colours_with_its_shares(make):
     learn = fit(learner(make(CutMix(), seed=0), dls=digits(), model=with_bn(10)))
