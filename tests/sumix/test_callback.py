@@ -15,9 +15,8 @@ from sumix_nb.sumix.callback import CLEAN, SUMix
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.sumix.step import HEAD_NAME
 from tests.sumix.oracles import scalar_oracle
-from tests.sumix.learners import K, KINDS, LOSSES, WEIGHT, Fixed, Named, Spy, At, fit, head_of
-from tests.sumix.learners import learner, make_dls, same, throw, times_in_optimizer, weights
-from tests.sumix.learners import with_bn, without_bn
+from tests.sumix.learners import K, KINDS, LOSSES, WEIGHT, At, Fixed, Named, Spy, fit, head_of, learner, make_dls
+from tests.sumix.learners import same, throw, times_in_optimizer, weights, with_bn, without_bn
 
 
 def test_an_exception_in_the_clean_pass_leaves_batchnorm_remembering():

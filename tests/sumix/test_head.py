@@ -19,6 +19,7 @@ from sumix_nb.sumix.step import HEAD_NAME
 from tests.sumix.learners import K, KINDS, Named, At, digits, fit, head_of, learner, mix_of
 from tests.sumix.learners import same, throw, times_in_optimizer, weights, with_bn
 
+
 @pytest.mark.parametrize("how", ["cbs=", "add_cb before create_opt", "add_cb after create_opt", "add_cb after fit",
                                  "fit(cbs=)", "second fit(cbs=)"])
 @pytest.mark.parametrize("opt_func", [partial(SGD, mom=0.9), partial(OptimWrapper, opt=torch.optim.AdamW)],
