@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'RESNETS', 'TRANSFORMERS', 'resnet', 'resnet18', 'resnext50', 'wide_norm', 'WideBlock', 'WideResNet',
-           'from_timm', 'deit_small', 'swin_tiny', 'get_model', 'begin_small', 'load_imagenet']
+           'from_timm', 'deit_small', 'swin_tiny', 'get_model', 'begin_small']
 
 # %% ../../nbs/models/20_networks.ipynb #52e7a7cf
 from importlib.util import find_spec
@@ -170,11 +170,18 @@ def get_model(
     check_choice("stem", stem, ("small", "standard"))
     for argument, value in (("c", c), ("width", 1 if width is None else width), ("size", size)):
         check_whole(argument, value, 1)
+    if pretrained and (name not in RESNETS or stem != "standard" or width not in (None, 64)):
+        raise ValueError(f'`pretrained` needs the published width and stem="standard" of one of '
+                         f"{tuple(RESNETS)}, got width {width}, stem {stem!r} of {name!r}")
     options = {} if width is None else {"width": width}
     if name in RESNETS: options["stem"] = stem
     if name in TRANSFORMERS: options["size"] = size
     model = MODELS[name](c, **options)
-    if pretrained: load_imagenet(name, model)
+    if not pretrained: return model
+    weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    model.load_state_dict(weights, strict=False)
+    begin_small(model.fc)
     return model
 
 
@@ -186,21 +193,3 @@ def begin_small(
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-
-
-def load_imagenet(
-    name:str, # Name of the network
-    model:nn.Module, # The network, changed in place
-)->None:
-    "ImageNet's weights from torchvision, and a small classifier"
-    if name not in RESNETS:
-        raise ValueError(f"`pretrained` weights exist for {sorted(RESNETS)}, got {name!r}")
-    weights = RESNETS[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
-    own = model.state_dict()
-    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    wrong = [key for key in weights if weights[key].shape != own[key].shape]
-    if wrong:
-        raise ValueError(f'`pretrained` needs the published width and stem="standard": {wrong[0]} '
-                         f"is {tuple(own[wrong[0]].shape)}, not {tuple(weights[wrong[0]].shape)}")
-    model.load_state_dict(weights, strict=False)
-    begin_small(model.fc)

@@ -138,10 +138,8 @@ def as_maps(
 )->Tensor: # (N, C, h, w)
     "Feature maps from what a layer of `STAGES` puts out"
     if output.ndim == 4: return output.permute(0, 3, 1, 2) if channels_last else output
-    if output.ndim != 3:
-        raise ValueError(f"`output` must have 3 or 4 dimensions, got {output.ndim}")
-    tokens = output.shape[1] - 1
-    side = round(tokens ** 0.5)
-    if side * side != tokens:
-        raise ValueError(f"`output` must hold a class token and a square of others, got {tokens}")
+    side = round((output.shape[1] - 1) ** 0.5)
+    if output.ndim != 3 or output.shape[1] != 1 + side * side:
+        raise ValueError("`output` must have 4 dimensions, or 3 with a class token and a square of "
+                         f"others, got {tuple(output.shape)}")
     return output[:, 1:].mT.unflatten(2, (side, side))

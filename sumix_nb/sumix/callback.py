@@ -20,7 +20,7 @@ from ..labels.rules import Ratio
 from .evidence import CLEAN
 from .loss import SUMixTerms
 from .mix import Mix
-from .step import SUMixPasses, SUMixStep, attach_head
+from .step import HEAD_NAME, SUMixPasses, SUMixStep
 
 _all_ = ["CLEAN", "SUMixStep"]
 
@@ -97,10 +97,10 @@ def detach(self:SUMix):
     layer, head = self.passes.classifier, self.passes.head
     if layer is None: return
     self.passes.detach()
-    others = [cb.passes for cb in self._learn.cbs
+    others = [cb.passes.head for cb in self._learn.cbs
               if isinstance(cb, SUMix) and cb.passes.classifier is layer]
-    for other in others: other.hook = attach_head(layer, other.head)
-    if not any(other.head is head for other in others): leave_optimizer(self._learn, head)
+    if others: layer.add_module(HEAD_NAME, others[-1])
+    if head not in others: leave_optimizer(self._learn, head)
 
 # %% ../../nbs/sumix/60_callback.ipynb #4afa6d8a
 @patch

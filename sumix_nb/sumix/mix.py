@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import Normalize
-from fastai.learner import Metric
+from fastai.metrics import AvgMetric
 from fastai.torch_core import TensorImage, rank_distrib
 from fastcore.basics import patch
 from torch import Tensor
@@ -189,9 +189,10 @@ def show_mixed(self:Mix,
     return axes
 
 # %% ../../nbs/sumix/50_mix.ipynb #4508b64a
-class MixedAccuracy(Metric):
+class MixedAccuracy(AvgMetric):
     "Accuracy by shares of the label; use with `Recorder(train_metrics=True)`"
-    def reset(self): self.total, self.count = 0.0, 0
+    name = "mixed_accuracy"
+    def __init__(self): super().__init__(None)
 
     def accumulate(self, learn):
         "Add a batch"
@@ -204,9 +205,3 @@ class MixedAccuracy(Metric):
         else: right = (prediction == learn.y).float()
         self.total += right.sum().item()
         self.count += len(prediction)
-
-    @property
-    def value(self): return self.total / self.count if self.count else None
-
-    @property
-    def name(self): return "mixed_accuracy"

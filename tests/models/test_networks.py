@@ -31,19 +31,6 @@ def test_networks_of_every_width_stem_size_and_number_of_classes_run(width, c, s
         side = (side + 1) // 2
 
 
-@pytest.mark.parametrize("stem", ["small", "standard"])
-def test_training_lowers_the_loss_and_reaches_every_parameter(stem):
-    torch.manual_seed(0)
-    model, x, target = get_model("resnet18", 4, width=4, stem=stem), images(8, 16), torch.arange(8) % 4
-    opt, losses = torch.optim.SGD(model.parameters(), lr=0.05), []
-    for _ in range(8):
-        loss = F.cross_entropy(model(x), target)
-        opt.zero_grad(), loss.backward(), opt.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
 SMALL = {"resnet18": {"width": 4}, "resnext50": {"width": 16}, "wrn28_8": {"width": 16},
          "deit_small": {"width": 64, "size": 32}, "swin_tiny": {"width": 32, "size": 32}}
 

@@ -7,8 +7,10 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD
 from torch import nn
+from torch.nn import functional as F
 
 from sumix_nb.data.loaders import get_dls
 from sumix_nb.mixers.mixed import Mixed
@@ -19,6 +21,17 @@ from sumix_nb.sumix.step import HEAD_NAME
 N, K = 24, 4
 KINDS = {"Mix": Mix, **{f"SUMix {clean}": partial(SUMix, clean=clean) for clean in CLEAN}}
 EIGHTHS = [6, 1, 8, 3, 0, 5, 7, 2]
+WEIGHT = torch.tensor([10.0, 1.0, 0.5, 2.0])
+LOSSES = {
+    "nn.CrossEntropyLoss": nn.CrossEntropyLoss(), "F.cross_entropy": F.cross_entropy, "fastai": CrossEntropyLossFlat(),
+    "class weights": nn.CrossEntropyLoss(weight=WEIGHT), "fastai class weights": CrossEntropyLossFlat(weight=WEIGHT),
+    "ignore_index": nn.CrossEntropyLoss(ignore_index=1), "fastai ignore_index": CrossEntropyLossFlat(ignore_index=1),
+    "smoothing": nn.CrossEntropyLoss(label_smoothing=0.1), "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "all": nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1, label_smoothing=0.1),
+    "partial": partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.1),
+    "fastai smoothing": LabelSmoothingCrossEntropyFlat(), "focal": FocalLossFlat(gamma=2.0),
+    "focal, class weights": FocalLossFlat(gamma=2.0, weight=WEIGHT),
+}
 
 
 def make_dls(n=N, bs=8, k=K, size=6, soft=False, plain=False):

@@ -19,6 +19,7 @@ from sumix_nb.sumix.step import HEAD_NAME
 from tests.sumix.learners import K, KINDS, Named, At, digits, fit, head_of, learner, mix_of
 from tests.sumix.learners import same, throw, times_in_optimizer, weights, with_bn
 
+
 @pytest.mark.parametrize("how", ["cbs=", "add_cb before create_opt", "add_cb after create_opt", "add_cb after fit",
                                  "fit(cbs=)", "second fit(cbs=)"])
 @pytest.mark.parametrize("opt_func", [partial(SGD, mom=0.9), partial(OptimWrapper, opt=torch.optim.AdamW)],
@@ -113,26 +114,6 @@ def test_freeze_keeps_the_body_and_trains_the_head():
         learn.unfreeze()
         fit(learn)
         assert all(not torch.equal(p, before[name]) for name, p in learn.model.named_parameters())
-
-
-def test_fine_tune_of_a_fastai_vision_learner_trains_the_head_in_both_phases(tmp_path):
-    from fastai.vision.learner import vision_learner
-    from torchvision.models import resnet18
-    dls = digits(bs=8, limit=16)
-    learn = vision_learner(dls, resnet18, pretrained=False, n_out=10, normalize=False,
-                           cbs=SUMix(CutMix(), seed=0, xi=5.0), path=tmp_path)
-    if hasattr(learn, "progress"): learn.remove_cb(learn.progress)
-    heads, groups = [weights(head_of(learn))], []
-    class Phase(Callback):
-        def after_fit(self): heads.append(weights(head_of(learn))); groups.append(learn.opt.frozen_idx)
-    body = learn.model[0][0].weight.clone()
-    learn.add_cb(Phase())
-    with learn.no_logging(): learn.fine_tune(1)
-    assert len(heads) == 3 and groups[0] > 0 == groups[1]
-    for one, other in zip(heads, heads[1:], strict=False):
-        assert all(not torch.equal(one[name], other[name]) for name in one)
-    assert any(p is q for p in head_of(learn).parameters() for q in learn.opt.param_lists[-1])
-    assert not torch.equal(learn.model[0][0].weight, body)
 
 
 def test_lr_find_gives_back_network_head_and_optimiser(tmp_path):

@@ -7,8 +7,6 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner
-from fastai.optimizer import SGD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +25,7 @@ from sumix_nb.mixers.saliencymix import SaliencyMix
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import MIXERS, label_of
 from sumix_nb.training.train import make_learner, train
+from tests.sumix.learners import fit, learner, mix_of, with_bn
 
 N, K = 24, 5
 FAMILY = [kind(per_sample=per_sample) for kind in (MixUp, CutMix, FMix, ResizeMix, SaliencyMix, GridMix, SmoothMix)
@@ -45,31 +44,18 @@ def loaders(target):
 def indices(): return torch.randint(K, (N,), generator=torch.Generator().manual_seed(1))
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(8, K))
-
-
 class Spy(Callback):
     "Keeps logits, mixture and loss of every training batch"
     order, run_valid = Mix.order + 1, False
     def before_fit(self): self.batches = []
     def after_loss(self):
-        mix = next(cb for cb in self.learn.cbs if isinstance(cb, Mix))
-        self.batches.append((self.learn.pred.detach().as_subclass(Tensor), mix.mixed, self.learn.loss))
+        self.batches.append((self.learn.pred.detach().as_subclass(Tensor), mix_of(self.learn).mixed, self.learn.loss))
 
 
-def fit(callback, target=None, loss_func=None, epochs=1, cbs=(), **options):
+def run(callback, target=None, loss_func=None, epochs=1, cbs=()):
     "Train without output; the Learner and what the spy saw"
-    spy = Spy()
-    learn = Learner(loaders(indices() if target is None else target), network(), cbs=[callback, spy, *cbs],
-                    loss_func=nn.CrossEntropyLoss() if loss_func is None else loss_func,
-                    opt_func=partial(SGD, mom=0.9), **options)
-    if hasattr(learn, "progress"): learn.remove_cb(learn.progress)
-    learn.logger = lambda row: None
-    with learn.no_logging(): learn.fit(epochs, 0.05)
-    return learn, spy.batches
+    spy, dls = Spy(), loaders(indices() if target is None else target)
+    return fit(learner(callback, spy, *cbs, model=with_bn(K), loss=loss_func, dls=dls), epochs), spy.batches
 
 
 def one_hot(target): return F.one_hot(target, K).float()
@@ -85,7 +71,7 @@ def soft_label(mixed, target_a, target_b):
 @each_mixer
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_with_class_indices_the_loss_is_cross_entropy_of_the_soft_label_smoothing_included(mixer, smoothing):
-    _, batches = fit(Mix(mixer, seed=0), loss_func=nn.CrossEntropyLoss(label_smoothing=smoothing))
+    _, batches = run(Mix(mixer, seed=0), loss_func=nn.CrossEntropyLoss(label_smoothing=smoothing))
     for logits, mixed, loss in batches:
         label = soft_label(mixed, one_hot(mixed.target_a), one_hot(mixed.target_b))
         expected = F.cross_entropy(logits, label, label_smoothing=smoothing)
@@ -97,7 +83,7 @@ def test_soft_and_multi_label_targets_give_the_loss_of_their_mean(mixer):
     generator = torch.Generator().manual_seed(2)
     soft, many = torch.rand(N, K, generator=generator).softmax(1), torch.randint(2, (N, K), generator=generator).float()
     for target, loss_func in ((soft, nn.CrossEntropyLoss()), (many, nn.BCEWithLogitsLoss())):
-        _, batches = fit(Mix(mixer, seed=0), target, loss_func)
+        _, batches = run(Mix(mixer, seed=0), target, loss_func)
         for logits, mixed, loss in batches:
             label = soft_label(mixed, mixed.target_a, mixed.target_b)
             torch.testing.assert_close(loss, loss_func(logits, label), rtol=1e-4, atol=1e-5)
@@ -109,7 +95,7 @@ def test_soft_and_multi_label_targets_give_the_loss_of_their_mean(mixer):
 @pytest.mark.parametrize("variant", ["poster", "released", "corrected"])
 def test_sumix_trains_on_every_mixer_with_finite_losses_and_moves_its_head(mixer, variant):
     callback = SUMix(mixer, seed=0, variant=variant)
-    learn, batches = fit(callback)
+    learn, batches = run(callback)
     assert all(loss.isfinite() for _, _, loss in batches) and len(batches) == 3
     ratios = callback.shares()[1]
     assert ((ratios >= 0) & (ratios <= 1)).all()
@@ -125,7 +111,7 @@ def test_sumix_takes_a_list_and_its_loss_is_that_of_the_mixture_that_was_made(cl
             seen_by, logits = callback.evidence, self.learn.pred.as_subclass(Tensor)
             heads = [callback.uncertainty_head(part) for part in (seen_by.features, seen_by.clean_features)]
             seen.append(sumix_loss(logits, seen_by.clean_logits, *heads, seen_by.mixed).loss.detach())
-    _, batches = fit(callback, cbs=[Keep()])
+    _, batches = run(callback, cbs=[Keep()])
     assert isinstance(callback.mixer, OneOf) and len(seen) == 3
     torch.testing.assert_close(torch.stack([loss for _, _, loss in batches]).as_subclass(Tensor), torch.stack(seen))
 
@@ -136,9 +122,9 @@ def test_any_object_that_follows_the_call_will_do(kind):
         def __call__(self, images, target, *, model=None, generator=None):
             partner, half = torch.randperm(len(images), generator=generator), torch.full((len(images),), 0.5)
             return Mixed((images + images[partner]) / 2, target, target[partner], half, partner)
-    _, batches = fit(kind(Half(), seed=0))
+    _, batches = run(kind(Half(), seed=0))
     assert all(mixed.lam.eq(0.5).all() and loss.isfinite() for _, mixed, loss in batches)
-    _, batches = fit(kind([Half(), CutMix()], seed=0))
+    _, batches = run(kind([Half(), CutMix()], seed=0))
     assert len(batches) == 3
 
 
@@ -151,19 +137,13 @@ def test_mixers_learn_from_the_dataloaders_how_images_were_normalised_and_stay_a
     assert mean == normalise.mean.flatten().tolist() and std == normalise.std.flatten().tolist()
     mixer = SaliencyMix()
     callback = Mix([mixer, CutMix()], seed=0)
-    learn = Learner(dls, network_for(dls), cbs=callback, loss_func=nn.CrossEntropyLoss())
-    learn.remove_cb(learn.progress) if hasattr(learn, "progress") else None
-    with learn.no_logging(): learn.fit(1, 0.01)
+    learn = fit(learner(callback, model=with_bn(dls.c), dls=dls))
     assert callback.informed.mixers[0].mean == mean and mixer.mean is None and callback.mixer.mixers[0] is mixer
     own = Mix(SaliencyMix(mean=(0.1,), std=(0.2,)), seed=0)
     learn.remove_cb(callback)
-    with learn.no_logging(): learn.fit(1, 0.01, cbs=own)
+    fit(learn, cbs=own)
     assert own.informed.mean == (0.1,)
     assert normalisation(loaders(indices())) is None and normalisation(None) is None
-
-
-def network_for(dls):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, dls.c))
 
 
 @pytest.mark.parametrize("kind", [Mix, *(partial(SUMix, clean=clean) for clean in CLEAN)])
@@ -172,7 +152,7 @@ def test_after_off_after_nothing_is_mixed_and_the_loss_is_the_usual_one(kind):
     class Usual(Callback):
         order, run_valid = Mix.order - 1, False
         def after_loss(self): usual.append((self.learn.xb[0].as_subclass(Tensor), self.learn.loss.detach().clone()))
-    learn, batches = fit(callback, epochs=4, cbs=[Usual()])
+    learn, batches = run(callback, epochs=4, cbs=[Usual()])
     images = [batch.as_subclass(Tensor) for batch, _ in learn.dls.train]
     assert len(batches) == 12 and all(mixed.lam.lt(1).any() for _, mixed, _ in batches[:6])
     for i, ((seen, plain), (_, mixed, loss)) in enumerate(zip(usual[6:], batches[6:], strict=True)):
