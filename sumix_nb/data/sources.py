@@ -218,9 +218,8 @@ def rank_in_class(
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     order = order[target[order].argsort(stable=True)]
     counts = torch.bincount(target)
-    rank = torch.empty(n, dtype=torch.long)
-    rank[order] = torch.arange(n) - (counts.cumsum(0) - counts)[target[order]]
-    return rank
+    rank = torch.arange(n) - (counts.cumsum(0) - counts)[target[order]]
+    return rank[order.argsort()]
 
 # %% ../../nbs/data/20_sources.ipynb #9208b01d
 def read_digits()->tuple[dict[str, Split], list[str]]: # As `read_folders`, with Pillow images

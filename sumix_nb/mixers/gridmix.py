@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_whole
+from ..checks import check_shares, check_whole
 from .cutmix import outer_mask
-from .mixed import Mixer, blend_, check_shares, take_images
+from .mixed import Mixer, blend_, take_images
 from .resizemix import check_range, uniform
 
 # %% ../../nbs/mixers/60_gridmix.ipynb #5b65d715

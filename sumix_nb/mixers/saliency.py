@@ -114,11 +114,8 @@ def most_salient(
     return place // saliency.shape[2], place % saliency.shape[2]
 
 # %% ../../nbs/mixers/50_saliency.ipynb #d58387cd
-def check_statistics(
-    mean:tuple|None, # Means of the channels
-    std:tuple|None, # Their standard deviations
-)->None:
-    "`TypeError` or `ValueError` unless both are None, or finite numbers with every `std` above 0"
+def check_statistics(mean:tuple|None, std:tuple|None)->None:
+    "Both are None, or finite numbers for each channel, with every `std` above 0"
     if mean is None and std is None: return
     if mean is None or std is None:
         raise ValueError(f"`mean` and `std` must both be given, or none, got {mean} and {std}")

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sumix_nb.mixers.mixed import Mixed, Mixer, blend_, check_shares, is_channels_last, sample_lam
+from sumix_nb.checks import check_shares
+from sumix_nb.mixers.mixed import Mixed, Mixer, blend_, is_channels_last, sample_lam
 from sumix_nb.mixers.mixed import sample_partner, take_images, unmixed
 from tests.mixers.oracles import ALL, BOOLS, BOX, seeded
 
