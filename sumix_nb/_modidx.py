@@ -71,8 +71,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sumix_nb.data.layouts.read_class_folders': ( 'data/layouts.html#read_class_folders',
                                                                                      'sumix_nb/data/layouts.py'),
                                        'sumix_nb.data.layouts.read_cub200': ('data/layouts.html#read_cub200', 'sumix_nb/data/layouts.py'),
-                                       'sumix_nb.data.layouts.read_imagenet': ( 'data/layouts.html#read_imagenet',
-                                                                                'sumix_nb/data/layouts.py'),
                                        'sumix_nb.data.layouts.read_table': ('data/layouts.html#read_table', 'sumix_nb/data/layouts.py'),
                                        'sumix_nb.data.layouts.read_tiny_imagenet': ( 'data/layouts.html#read_tiny_imagenet',
                                                                                      'sumix_nb/data/layouts.py')},

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -26,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from .layouts import IMAGE_TYPES, read_aircraft, read_class_folders, read_cub200
-from .layouts import read_imagenet, read_tiny_imagenet
+from .layouts import read_tiny_imagenet
 from .scenes import scenes
 
 # %% ../../nbs/data/20_sources.ipynb #56c6ea14
@@ -59,7 +60,7 @@ SOURCES = {source.name: source for source in (
     DataSource("tiny_imagenet", 64, 200, *IMAGENET_STATS, view="tiny_imagenet",
                read=read_tiny_imagenet, url="http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
     DataSource("imagenet", 224, 1000, *IMAGENET_STATS, view="imagenet",
-               read=read_imagenet, url="https://image-net.org/download"),
+               read=partial(read_class_folders, test="val"), url="https://image-net.org/download"),
     DataSource("cub200", 224, 200, *IMAGENET_STATS, view="fine_grained",
                read=read_cub200, url="https://www.vision.caltech.edu/datasets/cub_200_2011"),
     DataSource("aircraft", 224, 100, *IMAGENET_STATS, view="fine_grained",

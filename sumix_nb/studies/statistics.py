@@ -7,7 +7,6 @@ __all__ = ['accuracies', 'paired_differences', 'paired_interval', 'with_interval
 
 # %% ../../nbs/studies/10_statistics.ipynb #e180f3ac
 import math
-import statistics
 
 import numpy as np
 import pandas as pd
@@ -55,7 +54,7 @@ def with_interval(
     differences:pd.Series, # By seed
 )->str: # e.g. "+1.00 [+0.50, +1.50]"
     "The mean difference and, for two seeds or more, its 95 % interval"
-    mean = f"{statistics.mean(differences):+.2f}"
+    mean = f"{differences.mean():+.2f}"
     if len(differences) == 1: return mean
     return mean + " [{:+.2f}, {:+.2f}]".format(*paired_interval(differences))
 
