@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_STATS', 'SOURCES', 'DataSource', 'Split', 'read_folders', 'unpack', 'download', 'find_root', 'open_image',
-           'usable_cores', 'decode_images', 'rank_in_class', 'read_digits', 'draw_sets', 'read_set']
+           'decode_images', 'rank_in_class', 'read_digits', 'draw_sets', 'read_set']
 
 # %% ../../nbs/data/20_sources.ipynb #1a70b560
 import hashlib
@@ -23,6 +23,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
+from fastcore.basics import num_cpus as usable_cores
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -98,9 +99,7 @@ def read_folders(
         if empty := sorted(set(names) - set(labels)):
             raise ValueError(f"{len(empty)} of {len(names)} classes have no image in the {split} "
                              f"split of {root} ({', '.join(IMAGE_TYPES)}), e.g. {empty[0]}")
-        seen = {folder: {entry.name for entry in os.scandir(folder) if entry.is_file()}
-                for folder in {file.parent for file in files} if folder.is_dir()}
-        if lost := [file for file in files if file.name not in seen.get(file.parent, ())]:
+        if lost := [file for file in files if not os.path.isfile(file)]:
             raise FileNotFoundError(f"{len(lost)} of {len(files)} images are missing or no regular "
                                     f"files, the first is {lost[0]}")
         data[split] = Split(files, torch.tensor([number[label] for label in labels]))
@@ -184,11 +183,6 @@ def open_image(
     return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../../nbs/data/20_sources.ipynb #d228d53f
-def usable_cores()->int:
-    "Cores that this process may use, which may be fewer than the machine has"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def decode_images(
     items:list, # N image files or Pillow images
     size:int, # Height and width wanted, pixels
