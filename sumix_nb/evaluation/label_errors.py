@@ -148,10 +148,8 @@ def label_errors(
     return found
 
 # %% ../../nbs/evaluation/30_label_errors.ipynb #a0b09a0a
-def error_frame(
-    errors:dict, # Mixer -> label -> measures, from `label_errors`
-)->pd.DataFrame: # A row for each mixer and label
-    "Error, correlation and gain of each label, with their intervals as `low` and `high`"
+def error_frame(errors:dict)->pd.DataFrame: # A row for each mixer and label
+    "Error, correlation, gain with intervals, `low` to `high`, from mixer -> `label_errors`"
     rows = {(mixer, label): {measure + end: value for measure in ("error", "correlation", "gain")
                              for end, value in zip(("", " low", " high"), found[measure])}
             for mixer, labels in errors.items() for label, found in labels.items()}

@@ -50,9 +50,7 @@ def paired_interval(
     return float(mean - reach), float(mean + reach)
 
 # %% ../../nbs/studies/10_statistics.ipynb #f4019112
-def with_interval(
-    differences:pd.Series, # By seed
-)->str: # e.g. "+1.00 [+0.50, +1.50]"
+def with_interval(differences:pd.Series)->str: # e.g. "+1.00 [+0.50, +1.50]"
     "The mean difference and, for two seeds or more, its 95 % interval"
     mean = f"{differences.mean():+.2f}"
     if len(differences) == 1: return mean
