@@ -33,7 +33,7 @@ def reliability_sums(
 
 # %% ../../nbs/evaluation/10_calibration.ipynb #28afb8d9
 def reliability_curve(sums:Tensor)->list[dict]: # An entry for each bin that has answers
-    "Mean confidence and accuracy of the answers in each bin of `reliability_sums`, and their number"
+    "Mean confidence and accuracy of the answers in each bin of `reliability_sums`, and how many"
     return [{"confidence": confidence / n, "accuracy": right / n, "n": int(n)}
             for n, right, confidence in sums.double().tolist() if n]
 
