@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'check_seed', 'check_fraction', 'check_flag', 'check_choice', 'check_batch',
-           'check_generator', 'can_look', 'check_lam', 'check_labels', 'check_encodings', 'check_equal_shapes',
-           'check_finite', 'full_precision']
+           'check_generator', 'can_look', 'check_shares', 'check_lam', 'check_labels', 'check_encodings',
+           'check_equal_shapes', 'check_finite', 'full_precision']
 
 # %% ../nbs/support/10_checks.ipynb #eb4902e7
 import math
@@ -78,9 +78,7 @@ def check_batch(
                          f"got {target.device}")
 
 # %% ../nbs/support/10_checks.ipynb #7c10b9ff
-def check_generator(
-    generator:torch.Generator|None, # The source of randomness handed to a mixer
-)->None:
+def check_generator(generator:torch.Generator|None)->None:
     "None, or a generator on the CPU, where all mixers draw: so every device gives the same mixture"
     kind = type(generator).__name__
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -89,12 +87,18 @@ def check_generator(
         raise ValueError(f"`generator` must be on the CPU, got one on {generator.device}")
 
 # %% ../nbs/support/10_checks.ipynb #5ab29e58
-def can_look(
-    values:Tensor, # Any tensor
-)->bool:
+def can_look(values:Tensor)->bool:
     "Is looking at the values free?"
     return (not torch.compiler.is_compiling() and values.device.type == "cpu"
             and not torch._C._functorch.is_functorch_wrapped_tensor(values))
+
+
+def check_shares(name:str, values:float|Tensor)->None:
+    "A number, or all values of a tensor, are in [0, 1]"
+    if not isinstance(values, Tensor): return check_number(name, values, 0, 1)
+    if can_look(values) and not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"`{name}` must be in [0, 1], "
+                         f"got values from {values.min().item()} to {values.max().item()}")
 
 
 def check_lam(
@@ -108,9 +112,7 @@ def check_lam(
     if lam.shape != like.shape[:1]:
         raise ValueError(f"`lam` must be a number or have the shape ({len(like)},), "
                          f"got {tuple(lam.shape)}")
-    if can_look(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError("`lam` must be in [0, 1], "
-                         f"got values from {lam.min().item()} to {lam.max().item()}")
+    check_shares("lam", lam)
     return lam
 
 # %% ../nbs/support/10_checks.ipynb #22230d11
@@ -155,8 +157,6 @@ def check_finite(**values)->None:
             raise ValueError(f"`{name}` must be finite, got NaN or infinity")
 
 # %% ../nbs/support/10_checks.ipynb #75e55644
-def full_precision(
-    values:Tensor, # Any real tensor
-)->Tensor: # The same in float32, or in float64 if it was
+def full_precision(values:Tensor)->Tensor:
     "The values in float32 or float64"
     return values if values.dtype == torch.float64 else values.float()

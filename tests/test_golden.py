@@ -8,7 +8,7 @@ from sumix_nb.sumix.loss import sumix_loss
 from sumix_nb.mixers.cutmix import box_mask, box_ratio, cut_and_paste, mixing_box, outer_mask, scaled_box
 from sumix_nb.mixers.mixed import MixUp, Mixed, blend_, take_images
 from sumix_nb.mixers.fmix import binarise, low_frequency_image
-from sumix_nb.mixers.gridmix import GridMix, SmoothMix, bell, grid_lines, outer_share
+from sumix_nb.mixers.gridmix import GridMix, SmoothMix, bell, grid_lines, mix_lines
 from sumix_nb.mixers.resizemix import ResizeMix, paste_resized
 from sumix_nb.mixers.saliency import fine_grained_saliency, most_salient
 from sumix_nb.sumix.ratio import VARIANTS, mix_ratio
@@ -240,12 +240,11 @@ def test_gridmix_equals_recorded_masks_and_images_where_the_rectangle_fits(golde
         images = torch.from_numpy(inputs.arrays[f"img_{cases[case, 'input']}"])
         sides = images.shape[-2:]
         rows, cols = recorded_grid(cases, case, sides)
-        mask = outer_mask(rows, cols)
         if sides[0] != sides[1] or not crop_fits(cases, case, sides): continue
+        mixed, share, mask = mix_lines(images, cases[case, "perm"], torch.zeros(1), rows, cols)
         assert torch.equal(1 - mask[0, 0], cases[case, "mask"].float())
-        mixed = blend_(take_images(images, cases[case, "perm"]), images, mask)
         torch.testing.assert_close(mixed, cases[case, "mixed"], rtol=0, atol=1e-6)
-        assert outer_share(rows, cols).item() == pytest.approx(cases[case, "lam_out"], abs=1e-7)
+        assert share.item() == pytest.approx(cases[case, "lam_out"], abs=1e-7)
         compared += 1
     assert compared >= 4
 
@@ -276,12 +275,11 @@ def test_smoothmix_equals_recorded_kernels_and_images_but_gives_the_share_to_the
         deviation = torch.tensor([cases[case, "sigma"]], dtype=torch.float64)
         rows, cols = (bell(side, torch.tensor([(side - 1) / 2 + cases[case, shift]]), deviation)
                       for side, shift in zip(images.shape[-2:], ("shift_h", "shift_w")))
-        mask = outer_mask(rows, cols)
+        mixed, share, mask = mix_lines(images, cases[case, "perm"], torch.zeros(1), rows, cols)
         torch.testing.assert_close(1 - mask[0, 0], cases[case, "kernel"], rtol=0, atol=1e-6)
-        mixed = blend_(take_images(images, cases[case, "perm"]), images, mask)
         torch.testing.assert_close(mixed, cases[case, "mixed"], rtol=0, atol=1e-6)
-        assert outer_share(rows, cols).item() == pytest.approx(1 - cases[case, "lam_out"], abs=1e-6)
-        assert outer_share(rows, cols).item() == pytest.approx(mask.double().mean().item(), abs=1e-6)
+        assert share.item() == pytest.approx(1 - cases[case, "lam_out"], abs=1e-6)
+        assert share.item() == pytest.approx(mask.double().mean().item(), abs=1e-6)
 
 
 def test_smoothmix_works_on_images_that_are_not_square_or_of_odd_sides_where_the_reference_fails():

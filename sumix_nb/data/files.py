@@ -75,9 +75,7 @@ class RandAugment:
     ):
         check_number("level", level, 0, 10)
         self.level = level
-    def __call__(self,
-        image:Image.Image, # RGB
-    )->Image.Image: # Of the same size
+    def __call__(self, image:Image.Image)->Image.Image: # RGB, of the same size
         "Two drawn operations, each with probability 1/2"
         for number in torch.randint(len(OPERATIONS), (2,)).tolist():
             applied, negative = (torch.rand(2) < 0.5).tolist()
@@ -121,10 +119,7 @@ def train_view(
     return v2.Compose(steps)
 
 
-def test_view(
-    view:View, # One of `VIEWS`
-    size:int, # Height and width of the result, pixels
-)->Callable: # RGB Pillow image -> RGB Pillow image, size x size
+def test_view(view:View, size:int)->Callable: # As `train_view`
     "What happens to a test image; nothing is drawn"
     if view.test is None: return v2.Resize((size, size), interpolation=view.resampling)
     shorter = v2.Resize(round(view.test * size / 224), interpolation=view.resampling)

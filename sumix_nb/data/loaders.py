@@ -17,7 +17,7 @@ import psutil
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
+from fastai.torch_core import TensorCategory, TensorImage, default_device
 from fastcore.basics import chunked
 
 from ..checks import check_choice, check_flag, check_seed, check_whole
@@ -102,12 +102,6 @@ class TensorDL(SeededDL):
         for index in chunked(samps, self.bs, self.drop_last):
             index = torch.tensor(index).to(self.dataset.images.device, non_blocking=True)
             yield self.dataset[index]
-    def __iter__(self):
-        self.randomize()
-        self.before_iter()
-        for batch in self.create_batches(self.get_idxs()):
-            yield self.after_batch(batch if self.device is None else to_device(batch, self.device))
-        self.after_iter()
     def to(self, device):
         super().to(device)
         self.dataset.to(device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_STATS', 'SOURCES', 'DataSource', 'Split', 'read_folders', 'unpack', 'download', 'find_root', 'open_image',
-           'usable_cores', 'decode_images', 'rank_in_class', 'read_digits', 'draw_sets', 'read_set']
+           'decode_images', 'rank_in_class', 'read_digits', 'draw_sets', 'read_set']
 
 # %% ../../nbs/data/20_sources.ipynb #1a70b560
 import hashlib
@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -22,11 +23,12 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
+from fastcore.basics import num_cpus as usable_cores
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from .layouts import IMAGE_TYPES, read_aircraft, read_class_folders, read_cub200
-from .layouts import read_imagenet, read_tiny_imagenet
+from .layouts import read_tiny_imagenet
 from .scenes import scenes
 
 # %% ../../nbs/data/20_sources.ipynb #56c6ea14
@@ -59,7 +61,7 @@ SOURCES = {source.name: source for source in (
     DataSource("tiny_imagenet", 64, 200, *IMAGENET_STATS, view="tiny_imagenet",
                read=read_tiny_imagenet, url="http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
     DataSource("imagenet", 224, 1000, *IMAGENET_STATS, view="imagenet",
-               read=read_imagenet, url="https://image-net.org/download"),
+               read=partial(read_class_folders, test="val"), url="https://image-net.org/download"),
     DataSource("cub200", 224, 200, *IMAGENET_STATS, view="fine_grained",
                read=read_cub200, url="https://www.vision.caltech.edu/datasets/cub_200_2011"),
     DataSource("aircraft", 224, 100, *IMAGENET_STATS, view="fine_grained",
@@ -97,9 +99,7 @@ def read_folders(
         if empty := sorted(set(names) - set(labels)):
             raise ValueError(f"{len(empty)} of {len(names)} classes have no image in the {split} "
                              f"split of {root} ({', '.join(IMAGE_TYPES)}), e.g. {empty[0]}")
-        seen = {folder: {entry.name for entry in os.scandir(folder) if entry.is_file()}
-                for folder in {file.parent for file in files} if folder.is_dir()}
-        if lost := [file for file in files if file.name not in seen.get(file.parent, ())]:
+        if lost := [file for file in files if not os.path.isfile(file)]:
             raise FileNotFoundError(f"{len(lost)} of {len(files)} images are missing or no regular "
                                     f"files, the first is {lost[0]}")
         data[split] = Split(files, torch.tensor([number[label] for label in labels]))
@@ -183,11 +183,6 @@ def open_image(
     return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../../nbs/data/20_sources.ipynb #d228d53f
-def usable_cores()->int:
-    "Cores that this process may use, which may be fewer than the machine has"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def decode_images(
     items:list, # N image files or Pillow images
     size:int, # Height and width wanted, pixels
@@ -218,9 +213,8 @@ def rank_in_class(
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     order = order[target[order].argsort(stable=True)]
     counts = torch.bincount(target)
-    rank = torch.empty(n, dtype=torch.long)
-    rank[order] = torch.arange(n) - (counts.cumsum(0) - counts)[target[order]]
-    return rank
+    rank = torch.arange(n) - (counts.cumsum(0) - counts)[target[order]]
+    return rank[order.argsort()]
 
 # %% ../../nbs/data/20_sources.ipynb #9208b01d
 def read_digits()->tuple[dict[str, Split], list[str]]: # As `read_folders`, with Pillow images

@@ -32,18 +32,14 @@ def reliability_sums(
     return counted.new_zeros(bins, 3).index_add(0, which, counted)
 
 # %% ../../nbs/evaluation/10_calibration.ipynb #28afb8d9
-def reliability_curve(
-    sums:Tensor, # (M, 3) from `reliability_sums`
-)->list[dict]: # One entry per bin that has answers, by rising confidence
-    "Mean confidence and accuracy of the answers in each bin, and their number"
+def reliability_curve(sums:Tensor)->list[dict]: # An entry for each bin that has answers
+    "Mean confidence and accuracy of the answers in each bin of `reliability_sums`, and how many"
     return [{"confidence": confidence / n, "accuracy": right / n, "n": int(n)}
             for n, right, confidence in sums.double().tolist() if n]
 
 
-def calibration_error(
-    curve:list[dict], # From `reliability_curve`
-)->float: # In [0, 1]
-    "Expected calibration error (Guo et al., 2017, Eq. 3)"
+def calibration_error(curve:list[dict])->float: # In [0, 1]
+    "Expected calibration error of a `reliability_curve` (Guo et al., 2017, Eq. 3)"
     if not curve: raise ValueError("`curve` must have a bin with answers, got none")
     off = sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in curve)
     return off / sum(part["n"] for part in curve)

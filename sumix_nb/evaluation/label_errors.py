@@ -65,10 +65,8 @@ class Mixtures(NamedTuple):
     sources:Tensor # (2, M) rows of the images that each mixture is made of
     beliefs:Tensor # (2, M) probabilities of their classes, as the network sees the mixture
 
-    def shares(self,
-        scale:float=1.0, # Factor on the distances
-    )->dict[str, Tensor]: # `AREA` or form -> (M,)
-        "lambda, and lambda~ in each of its forms"
+    def shares(self, scale:float=1.0)->dict[str, Tensor]: # `AREA` or form -> (M,)
+        "lambda, and lambda~ in each of its forms, with `scale` as a factor on the distances"
         prior = self.lam.double().logit()
         return {AREA: self.lam} | {form: (prior + scale * gap).sigmoid().float()
                                    for form, gap in self.gaps.items()}
@@ -150,10 +148,8 @@ def label_errors(
     return found
 
 # %% ../../nbs/evaluation/30_label_errors.ipynb #a0b09a0a
-def error_frame(
-    errors:dict, # Mixer -> label -> measures, from `label_errors`
-)->pd.DataFrame: # A row for each mixer and label
-    "Error, correlation and gain of each label, with their intervals as `low` and `high`"
+def error_frame(errors:dict)->pd.DataFrame: # A row for each mixer and label
+    "Error, correlation, gain with intervals, `low` to `high`, from mixer -> `label_errors`"
     rows = {(mixer, label): {measure + end: value for measure in ("error", "correlation", "gain")
                              for end, value in zip(("", " low", " high"), found[measure])}
             for mixer, labels in errors.items() for label, found in labels.items()}
@@ -174,10 +170,8 @@ class LabelErrorLog(Callback):
 
     def after_epoch(self): self.measure(self.learn.epoch == self.learn.n_epoch - 1)
 
-    def measure(self,
-        details:bool=False, # As for `label_errors`
-    ):
-        "Add one entry to `epochs`"
+    def measure(self, details:bool=False):
+        "Add one entry to `epochs`, with `details` as for `label_errors`"
         self.epochs.append({})
         for name, mixer in self.mixers.items():
             mixtures = measure_mixtures(self.learn.model, self.data, mixer, **self.options)

@@ -80,12 +80,12 @@ def agreement(
     repeats:int=1000, # Bootstrap samples
     seed:int=0, # Their seed
     *,
-    baseline:Tensor|None=None, # (N,) another label's share
+    baseline:Tensor|None=None, # (N,) another label's share; None: `share`, so there is no gain
     sources:Tensor|None=None, # (2, N) numbers of the images that each mixture is made of
 )->dict: # "error", "correlation", "gain": (value, low, high); "n"; "hidden", share left out
     "Mean absolute error and correlation, with 95 % intervals, and the gain over `baseline`"
+    if baseline is None: baseline = share
     for name, values in {"share": share, "baseline": baseline}.items():
-        if values is None: continue
         if values.shape != truth.shape or not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"`{name}` must be shares in [0, 1], one for each truth, got {values}")
     if sources is not None and sources.shape != (2, len(truth)):
@@ -100,9 +100,8 @@ def agreement(
     dx, dy = (values - (weights @ values)[:, None] for values in (x, y))
     variances = (weights * dx**2).sum(1) * (weights * dy**2).sum(1)
     measures = {"error": weights @ (x - y).abs(),
-                "correlation": (weights * dx * dy).sum(1) / variances.sqrt()}
-    if baseline is not None:
-        measures["gain"] = weights @ ((baseline[known].double() - y).abs() - (x - y).abs())
+                "correlation": (weights * dx * dy).sum(1) / variances.sqrt(),
+                "gain": weights @ ((baseline[known].double() - y).abs() - (x - y).abs())}
     found = {"n": len(x), "hidden": 1 - known.double().mean().item()}
     for name, values in measures.items():
         ends = values[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

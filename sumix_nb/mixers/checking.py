@@ -29,10 +29,7 @@ def numbered_images(
 PARTS = ("images", "target_a", "target_b", "lam", "partner", "mask", "drawn")
 
 # %% ../../nbs/mixers/80_checking.ipynb #fcdd4f6a
-def same(
-    one:Mixed, # A mixture
-    two:Mixed, # Another
-)->bool:
+def same(one:Mixed, two:Mixed)->bool:
     "Are all parts of the two mixtures equal?"
     pairs = [(getattr(one, name), getattr(two, name)) for name in PARTS]
     return one.untouched == two.untouched and all(

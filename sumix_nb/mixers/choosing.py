@@ -43,12 +43,8 @@ def join(
                  all(part.untouched for part in parts), checked=True)
 
 # %% ../../nbs/mixers/70_choosing.ipynb #394af566
-def tell_statistics(
-    mixer:Callable, # Any mixer
-    mean:tuple, # Means that the channels of its images are normalised with
-    std:tuple, # Standard deviations of the same
-)->Callable:
-    "The mixer for such images, if it has a way to know (`with_statistics`); else the mixer itself"
+def tell_statistics(mixer:Callable, mean:tuple, std:tuple)->Callable:
+    "The mixer for images normalised so, if it has a way to know (`with_statistics`); else itself"
     return mixer.with_statistics(mean, std) if hasattr(mixer, "with_statistics") else mixer
 
 # %% ../../nbs/mixers/70_choosing.ipynb #7c5d829d

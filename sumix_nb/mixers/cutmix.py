@@ -9,7 +9,8 @@ __all__ = ['within', 'scaled_box', 'mixing_box', 'box_ratio', 'box_share', 'oute
 import torch
 from torch import Tensor
 
-from .mixed import Mixer, blend_, check_shares, take_images
+from ..checks import check_shares
+from .mixed import Mixer, blend_, take_images
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #3667c4fd
 def within(

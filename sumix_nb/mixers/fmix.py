@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_number
-from .mixed import Mixer, blend_, check_shares, take_images
+from ..checks import check_flag, check_number, check_shares
+from .mixed import Mixer, blend_, take_images
 
 # %% ../../nbs/mixers/30_fmix.ipynb #6036beda
 @lru_cache(maxsize=16)

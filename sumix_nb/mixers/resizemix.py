@@ -100,22 +100,16 @@ def paste_resized(
 # %% ../../nbs/mixers/40_resizemix.ipynb #15653864
 def uniform(
     values:tuple, # Least and most
-    size:int|tuple, # How many to draw, or a shape
+    size:int, # How many to draw
     generator:torch.Generator|None=None, # A CPU generator; PyTorch's global one by default
-    dtype:torch.dtype=torch.float64, # Type of the numbers
-)->Tensor: # Of the shape `size`, on the CPU
+)->Tensor: # (size,) float64, on the CPU
     "Numbers drawn evenly between two ends"
-    shares = torch.rand(size, generator=generator, dtype=dtype, device="cpu")
+    shares = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
     return values[0] + (values[1] - values[0]) * shares
 
 # %% ../../nbs/mixers/40_resizemix.ipynb #3d5ab57e
-def check_range(
-    name:str, # The argument's name
-    values:tuple, # Least and most
-    least:float, # The smallest value allowed
-    most:float, # The largest value allowed
-)->None:
-    "`TypeError` or `ValueError` unless `values` are two numbers in order and in the range"
+def check_range(name:str, values:tuple, least:float, most:float)->None:
+    "`values` are two numbers in [`least`, `most`], the smaller first"
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         raise TypeError(f"`{name}` must be two numbers, the least and the most, got {values!r}")
     for value in values: check_number(name, value, least, most)

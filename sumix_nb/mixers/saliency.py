@@ -31,9 +31,7 @@ def grey_levels(
     return ((channels * weights).sum(1, dtype=torch.int32) + (1 << 14)) >> 15
 
 # %% ../../nbs/mixers/50_saliency.ipynb #8f104ee0
-def blur(
-    grey:Tensor, # (N, H, W) int32
-)->Tensor: # (N, H, W) int32
+def blur(grey:Tensor)->Tensor: # Both (N, H, W) int32
     "Binomial blur over 3 x 3 pixels, rounded"
     for dim in (1, 2):
         side = grey.shape[dim]
@@ -106,19 +104,14 @@ def spectral_saliency(
     return F.interpolate(smooth, grey.shape[-2:], mode="bilinear")[:, 0]
 
 # %% ../../nbs/mixers/50_saliency.ipynb #94603ab0
-def most_salient(
-    saliency:Tensor, # (N, H, W) a map for each image
-)->tuple[Tensor, Tensor]: # Rows and columns, (N,) int64
-    "The first pixel, in reading order, with the largest value"
+def most_salient(saliency:Tensor)->tuple[Tensor, Tensor]: # Rows and columns, (N,) int64
+    "The first pixel, in reading order, with the largest value of each (N, H, W) map"
     place = saliency.flatten(1).argmax(1)
     return place // saliency.shape[2], place % saliency.shape[2]
 
 # %% ../../nbs/mixers/50_saliency.ipynb #d58387cd
-def check_statistics(
-    mean:tuple|None, # Means of the channels
-    std:tuple|None, # Their standard deviations
-)->None:
-    "`TypeError` or `ValueError` unless both are None, or finite numbers with every `std` above 0"
+def check_statistics(mean:tuple|None, std:tuple|None)->None:
+    "Both are None, or finite numbers for each channel, with every `std` above 0"
     if mean is None and std is None: return
     if mean is None or std is None:
         raise ValueError(f"`mean` and `std` must both be given, or none, got {mean} and {std}")

@@ -16,9 +16,7 @@ from ..training.recipe import Recipe
 from ..training.records import label_of, mean_and_spread, records_by_seed
 
 # %% ../../nbs/studies/20_cifar100_cpu.ipynb #f6007139
-def arm_of(
-    recipe:Recipe, # Of a run
-)->str: # e.g. "CutMix", "CutMix + SUMix" or "CutMix + SUMix (released)"
+def arm_of(recipe:Recipe)->str: # e.g. "CutMix", "CutMix + SUMix" or "CutMix + SUMix (released)"
     "Mixer and method; a variant is named unless it is the default"
     named = recipe.method == "sumix" and recipe.variant != Recipe().variant
     return label_of(asdict(recipe)) + (f" ({recipe.variant})" if named else "")
@@ -34,19 +32,15 @@ def study_runs(
     return records_by_seed(records, study)
 
 # %% ../../nbs/studies/20_cifar100_cpu.ipynb #31205f16
-def gains(
-    values:pd.DataFrame, # A row for each seed, a column for each arm, e.g. from `accuracies`
-)->pd.DataFrame: # A row for each seed, a column for each arm with SUMix
-    "What SUMix adds to its mixer in each seed that both have; arms without one are left out"
+def gains(values:pd.DataFrame)->pd.DataFrame: # A row for each seed, a column for each arm
+    "What SUMix adds to its mixer in `accuracies`, where a seed has both; other arms are left out"
     bases = {arm: arm.split(" + ")[0] for arm in values if "SUMix" in arm}
     found = {arm: values[arm] - values[base] for arm, base in bases.items() if base in values}
     return pd.DataFrame(found, index=values.index).dropna(axis=1, how="all")
 
 # %% ../../nbs/studies/20_cifar100_cpu.ipynb #c038b95c
-def study_table(
-    values:pd.DataFrame, # From `accuracies`
-)->pd.DataFrame: # A row for each pair of arms, and for each mixer without a pair
-    "Mean and standard deviation over the common seeds, what SUMix adds, and the poster's numbers"
+def study_table(values:pd.DataFrame)->pd.DataFrame: # A row for each mixer, alone or in a pair
+    "Mean and deviation of `accuracies` over common seeds, what SUMix adds, the poster's numbers"
     added, rows = gains(values), {}
     for base in [arm for arm in values if "SUMix" not in arm]:
         names = (f"cifar100-resnet18-{base.lower()}{end}" for end in ("", "-sumix"))

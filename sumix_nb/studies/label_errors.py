@@ -26,10 +26,8 @@ LABEL_RUNS = {training: [Recipe(data="scenes", epochs=8, precision="bf16", seed=
                          for seed in SEEDS] for training, options in TRAININGS.items()}
 
 
-def label_mixers(
-    source:DataSource, # The set whose images are mixed: SaliencyMix has to know its statistics
-)->dict: # Name -> mixer, a share for each mixture
-    "The mixers whose labels are measured"
+def label_mixers(source:DataSource)->dict: # Name -> mixer, a share for each mixture
+    "The mixers whose labels are measured, of which SaliencyMix knows the statistics of the set"
     return {"MixUp": MixUp(per_sample=True), "CutMix": CutMix(per_sample=True),
             "FMix": FMix(per_sample=True), "ResizeMix": ResizeMix(per_sample=True),
             "SaliencyMix": SaliencyMix(mean=source.mean, std=source.std, per_sample=True)}

@@ -18,7 +18,7 @@ from ..data.sources import SOURCES, decode_images, find_root, read_folders
 from ..evaluation.label_errors import Mixtures, distance_gaps, label_errors
 from ..evaluation.label_errors import measure_mixtures, outputs_of
 from ..evaluation.mismatch import true_ratio
-from ..mixers.cutmix import mixing_box
+from ..mixers.cutmix import box_mask, mixing_box
 from .label_errors import label_mixers
 
 # %% ../../nbs/studies/50_photographs.ipynb #c02d48d6
@@ -31,9 +31,6 @@ def objects_on_white(
     vocab:tuple, # Names of the classes
 )->MaskedImages: # The images that qualify, in their order
     "Photographs on a white background, with masks of what is not white"
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(target):
-        got = f"{images.dtype} {tuple(images.shape)} and {len(target)} targets"
-        raise ValueError(f"`images` must be uint8 (M, 3, H, W) with a target each, got {got}")
     is_object = (images < WHITE).any(1, keepdim=True)
     frame = torch.ones(images.shape[2:], dtype=torch.bool)
     frame[1:-1, 1:-1] = False
@@ -71,10 +68,9 @@ def move_box(
     (height, width), device = data.images.shape[2:], next(model.parameters()).device
     top, bottom, left, right = mixing_box(lam, height, width, (height // 2, width // 2))
     tall, wide = bottom - top, right - left
-    keep = torch.ones(height - tall + 1, width - wide + 1, 1, height, width)
-    for row, column in torch.cartesian_prod(*map(torch.arange, keep.shape[:2])).tolist():
-        keep[row, column, :, row:row + tall, column:column + wide] = 0
-    places, keep = keep.shape[:2], keep.flatten(0, 1)
+    places = height - tall + 1, width - wide + 1
+    rows, columns = torch.cartesian_prod(*map(torch.arange, places)).T
+    keep = box_mask((rows, rows + tall, columns, columns + wide), height, width)
     pair = normalize(data.images[[first, second]] / 255, mean, std)
     masks = data.masks[[first, second]].float()
     boxed = torch.where(keep > 0, pair[0], pair[1])

@@ -49,10 +49,8 @@ def seeds_needed(
     return bisect_left(range(enough + 1), power, lo=2, key=power_of)
 
 # %% ../../nbs/studies/15_power.ipynb #471b279b
-def pooled_spread(
-    groups:pd.DataFrame, # Differences: a column for each arm, NaN where there is none
-)->tuple[float, int]: # Standard deviation in their unit, and its degrees of freedom
-    "Pooled standard deviation within the groups"
+def pooled_spread(groups:pd.DataFrame)->tuple[float, int]: # In their unit; degrees of freedom
+    "Standard deviation within groups: a column of differences for each arm, NaN for none"
     freedom = int((groups.count() - 1).clip(lower=0).sum())
     if not freedom: raise ValueError("`groups` must have a column with two differences, got none")
     squares = ((groups - groups.mean()) ** 2).sum().sum()

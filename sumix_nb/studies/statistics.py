@@ -7,7 +7,6 @@ __all__ = ['accuracies', 'paired_differences', 'paired_interval', 'with_interval
 
 # %% ../../nbs/studies/10_statistics.ipynb #e180f3ac
 import math
-import statistics
 
 import numpy as np
 import pandas as pd
@@ -51,11 +50,9 @@ def paired_interval(
     return float(mean - reach), float(mean + reach)
 
 # %% ../../nbs/studies/10_statistics.ipynb #f4019112
-def with_interval(
-    differences:pd.Series, # By seed
-)->str: # e.g. "+1.00 [+0.50, +1.50]"
+def with_interval(differences:pd.Series)->str: # e.g. "+1.00 [+0.50, +1.50]"
     "The mean difference and, for two seeds or more, its 95 % interval"
-    mean = f"{statistics.mean(differences):+.2f}"
+    mean = f"{differences.mean():+.2f}"
     if len(differences) == 1: return mean
     return mean + " [{:+.2f}, {:+.2f}]".format(*paired_interval(differences))
 

@@ -1,11 +1,12 @@
 "Small image sets on disk, in the layouts of the published ones, random images and a tiny network"
 import random
+from functools import partial
 
 import numpy as np
 from PIL import Image
 from torch import nn
 
-from sumix_nb.data.layouts import read_aircraft, read_cub200, read_imagenet, read_tiny_imagenet
+from sumix_nb.data.layouts import read_aircraft, read_class_folders, read_cub200, read_tiny_imagenet
 
 NAMES = [f"class{k}" for k in range(10)]
 
@@ -82,5 +83,6 @@ def make_aircraft(root):
     return root
 
 
-MAKERS = {"tiny_imagenet": (make_tiny, read_tiny_imagenet), "imagenet": (make_imagenet, read_imagenet),
+MAKERS = {"tiny_imagenet": (make_tiny, read_tiny_imagenet),
+          "imagenet": (make_imagenet, partial(read_class_folders, test="val")),
           "cub200": (make_cub, read_cub200), "aircraft": (make_aircraft, read_aircraft)}

@@ -1,11 +1,10 @@
 "Crops and mirrors: every pixel where it belongs, every draw possible, training images only"
 import pytest
 import torch
-from fastai.torch_core import TensorImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sumix_nb.data.augment import RandomCropFlip, crop_flip
+from sumix_nb.data.augment import crop_flip
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,19 +39,3 @@ def test_crop_flip_dtype_and_no_writing(dtype):
     assert out.dtype == dtype and torch.equal(images, kept)
     assert torch.equal(out[1], images[1])
     assert out.data_ptr() != images.data_ptr()
-
-
-@pytest.mark.parametrize("pad, offset, flip", [
-    (5, (2, 2), (2,)), (-1, (2, 2), (2,)), (1, (1, 2), (2,)), (1, (2, 2), (1,)), (1, (2,), (2,)),
-    (1, (2, 2), (2, 1))])
-def test_crop_flip_errors(pad, offset, flip):
-    with pytest.raises(ValueError, match="`pad`|`offset`"):
-        crop_flip(torch.zeros(2, 3, 5, 7), torch.zeros(offset).long(), torch.zeros(flip).bool(), pad)
-
-
-def test_augmentation_is_for_training_only():
-    augment = RandomCropFlip(1, True, torch.Generator())
-    images = TensorImage(torch.randint(256, (9, 3, 4, 6), dtype=torch.uint8))
-    out = augment(images, split_idx=0)
-    assert isinstance(out, TensorImage) and out.dtype == torch.uint8 and not torch.equal(out, images)
-    assert augment(images, split_idx=1) is images

@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 
-from sumix_nb.data.layouts import CORRUPTIONS, EXTRA_CORRUPTIONS, list_folder, list_images, read_cifar100_c
-from sumix_nb.data.layouts import read_class_folders, read_cub200, read_table
+from sumix_nb.data.layouts import CORRUPTIONS, EXTRA_CORRUPTIONS, read_cifar100_c
+from sumix_nb.data.layouts import read_cub200
 from sumix_nb.data.sources import decode_images
-from tests.data.oracles import MAKERS, make_cub, make_imagenet
+from tests.data.oracles import MAKERS, make_cub
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -44,16 +44,6 @@ def test_bird_tables_must_agree(tmp_path, table):
     (tmp_path / f"{table}.txt").write_text("\n".join(rows[:-1]))
     with pytest.raises(ValueError, match=f"do not all have image {rows[-1].split()[0]}"):
         read_cub200(tmp_path)
-
-
-def test_folders(tmp_path):
-    assert list_folder(tmp_path / "nowhere") == []
-    for name in ("._a.JPEG", "a.JPEG", "a.txt"): (tmp_path / name).touch()
-    assert list_folder(tmp_path) == [tmp_path / "a.JPEG"]
-    with pytest.raises(FileNotFoundError, match="no folder .*train"): read_class_folders(tmp_path)
-    assert list(list_images(make_imagenet(tmp_path) / "train")) == ["n02", "n03", "n10"]
-    assert list(read_class_folders(tmp_path)[0]) == ["train"]  # there is no test/
-    assert read_table(make_cub(tmp_path) / "classes.txt", 2)[0] == ["1", "001.Black_footed_Albatross"]
 
 
 @pytest.mark.parametrize("corruption", [CORRUPTIONS[0], EXTRA_CORRUPTIONS[-1]])

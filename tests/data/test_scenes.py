@@ -47,14 +47,6 @@ def test_texture_changes_colours_and_not_the_outline():
         for b in range(a): assert (colors[:, a] != colors[:, b]).any(1).all()
 
 
-@pytest.mark.parametrize(("arguments", "error", "pattern"), [
-    (dict(n=0), ValueError, "`n`"), (dict(n=2.0), TypeError, "`n`"), (dict(size=15), ValueError, "`size`"),
-    (dict(seed=-1), ValueError, "`seed`"), (dict(clutter=-1), ValueError, "`clutter`"),
-    (dict(cut_off=1.1), ValueError, "`cut_off`"), (dict(noise=-0.1), ValueError, "`noise`")])
-def test_bad_arguments_are_named(arguments, error, pattern):
-    with pytest.raises(error, match=pattern): scenes(**{"n": 3} | arguments)
-
-
 @pytest.mark.parametrize(("part", "value", "pattern"), [
     ("images", torch.zeros(3, 3, 8, 8), "`images`"), ("images", torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "`images`"),
     ("images", torch.zeros(3, 3, 8, dtype=torch.uint8), "`images`"),
@@ -87,7 +79,3 @@ def test_pets_keep_mask_and_photograph_together(tmp_path):
     for image, mask in zip(found.images, found.masks, strict=True):
         assert image[:, mask[0]].float().mean() > 200 and image[:, ~mask[0]].float().mean() < 60
     assert found.masks[1, 0, :, 20:].all() and not found.masks[1, 0, :, :20].any()
-
-
-def test_pets_that_are_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="download=True"): pets(tmp_path)

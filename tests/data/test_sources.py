@@ -24,7 +24,7 @@ from sumix_nb.data.layouts import list_images
 from sumix_nb.data.loaders import get_dls
 from sumix_nb.data.scenes import scenes
 from sumix_nb.data.sources import SOURCES, decode_images, download, draw_sets, find_root, open_image
-from sumix_nb.data.sources import rank_in_class, read_digits, read_folders, read_set, unpack
+from sumix_nb.data.sources import rank_in_class, read_folders, read_set, unpack
 from tests.data.oracles import MAKERS, NAMES, white_noise, write_image
 
 CIFAR = SOURCES["cifar10"]
@@ -195,17 +195,6 @@ def test_rank_in_class_numbers_each_class(target, seed):
             ranks = rank[target == k].tolist()
             assert sorted(ranks) == list(range(len(ranks)))
             assert generator is not None or ranks == sorted(ranks)
-
-
-def test_digits_have_a_fixed_test_split_and_the_statistics_of_the_table():
-    data, names = read_digits()
-    parts = [decode_images(data[split].items, 32) for split in ("train", "test")]
-    everything = torch.cat(parts)
-    assert len(everything.flatten(1).unique(dim=0)) == 1797 and names == [str(k) for k in range(10)]
-    assert (everything[:, 0] == everything[:, 1]).all() and everything.max() == 255
-    share = torch.bincount(data["test"].target) / torch.bincount(data["train"].target)
-    assert (share - 0.25).abs().max() < 0.02
-    check_statistics(parts[0], SOURCES["digits"], 1e-4)
 
 
 def check_statistics(images, source, tolerance):

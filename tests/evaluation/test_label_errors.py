@@ -114,7 +114,7 @@ def test_a_table_of_errors():
 
 def test_a_learner_is_measured_before_training_and_after_every_epoch():
     torch.manual_seed(0)
-    dls, data = get_dls("scenes", bs=50, limit=200, seed=0), scenes(100, seed=3)
+    dls, data = get_dls("digits", bs=50, limit=200, seed=0), scenes(100, seed=3)
     mixers = {"CutMix": CutMix(per_sample=True), "SaliencyMix": SaliencyMix(per_sample=True)}
     log = LabelErrorLog(data, mixers, **FACTS)
     learn = Learner(dls, get_model("resnet18", 24, width=4), lr=0.5, cbs=log)

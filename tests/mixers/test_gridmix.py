@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from sumix_nb.mixers.cutmix import outer_mask
-from sumix_nb.mixers.gridmix import SmoothMix, grid_lines, outer_share
+from sumix_nb.mixers.gridmix import SmoothMix, grid_lines, mix_lines
 from sumix_nb.mixers.resizemix import uniform
 from tests.mixers.oracles import seeded
 
@@ -19,8 +18,8 @@ def test_the_rectangle_of_a_grid_never_leaves_the_image_and_its_share_is_the_mas
                                 torch.rand(n, 2, generator=generator))
         assert rows.shape == (n, height) and cols.shape == (n, width)
         assert set(rows.unique().tolist()) <= {0.0, 1.0} and set(cols.unique().tolist()) <= {0.0, 1.0}
-        counted = outer_mask(rows, cols).double().mean((1, 2, 3))
-        torch.testing.assert_close(outer_share(rows, cols), counted, rtol=0, atol=1e-6)
+        _, share, mask = mix_lines(torch.zeros(n, 1, height, width), torch.arange(n), lam, rows, cols)
+        torch.testing.assert_close(share, mask.double().mean((1, 2, 3)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0])

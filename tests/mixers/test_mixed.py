@@ -1,13 +1,13 @@
 "Dice, the record, the frame and blending: what is drawn, that a record cannot lie, and what is skipped"
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sumix_nb.mixers.mixed import Mixed, Mixer, blend_, check_shares, is_channels_last, sample_lam
-from sumix_nb.mixers.mixed import sample_partner, take_images, unmixed
+from sumix_nb.checks import check_shares
+from sumix_nb.mixers.mixed import Mixed, Mixer, blend_, is_channels_last, sample_lam
+from sumix_nb.mixers.mixed import sample_partner, take_images
 from tests.mixers.oracles import ALL, BOOLS, BOX, seeded
 
 IMAGES, TARGET = torch.randn(4, 1, 6, 5, generator=seeded()), torch.tensor([3, 1, 2, 1])
@@ -174,13 +174,6 @@ def test_p_is_how_often_anything_is_mixed_and_nothing_is_done_for_an_untouched_b
         else: touched += (calls[-1] < 1).tolist()
     share = sum(touched) / (200 * (3 if per_sample else 1))
     assert share == pytest.approx(p, abs=0.1) and (p not in (0, 1) or share == p)
-
-
-def test_an_unmixed_batch_is_a_copy_of_itself():
-    mixed = unmixed(IMAGES, TARGET)
-    assert torch.equal(mixed.images, IMAGES) and mixed.images.data_ptr() != IMAGES.data_ptr()
-    assert mixed.untouched and mixed.lam.eq(1).all() and mixed.mask.eq(1).all()
-    assert torch.equal(mixed.target_b, TARGET) and replace(mixed, checked=False).untouched
 
 
 @pytest.mark.parametrize("kind", ALL)
