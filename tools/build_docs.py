@@ -214,6 +214,9 @@ def each_definition_once(cells):
 # nbdev links backticks inside the text of a link too: [the [`name`](/page.html#name) of it](where the author points)
 LINK_IN_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^()\s]*\)([^\[\]]*)\](?=\()")
 
+# and in lines of HTML, where Markdown is not read
+HTML_LINE, CODE_LINK = re.compile(r"^<.*$", re.MULTILINE), re.compile(r"\[`([^`]+)`\]\(/[^)]*\)")
+
 IMAGE = ("image/png", "image/jpeg", "image/svg+xml")
 MARKS = re.compile(r"\$[^$]*\$|[*`_#>]|\[([^\]]*)\]\([^)]*\)")
 
@@ -227,7 +230,9 @@ def with_alt_text(cells):
             said = [part for part in source.split("\n\n") if part.strip() and part[0] not in "#|:"][-1:] or said
         elif any(kind in output.get("data", {}) for output in cell.get("outputs", ()) for kind in IMAGE):
             text = " ".join(MARKS.sub(r"\1", said[0]).split()).rstrip(":")[:300]
-            if "fig-alt:" not in source: cell["source"] = f"#| fig-alt: {json.dumps(text)}\n{source}"
+            told = re.search(r"^#\| fig-alt: *(.*)$", source, re.MULTILINE)
+            told = json.dumps(told[1].strip("\"'") if told else text)  # quoted: YAML would take a colon for a key
+            cell["source"] = f"#| fig-alt: {told}\n" + re.sub(r"^#\| fig-alt:.*\n", "", source, flags=re.MULTILINE)
 
 
 def tidy(path):
@@ -237,7 +242,9 @@ def tidy(path):
     notebook["cells"] = each_definition_once(notebook["cells"])
     with_alt_text(notebook["cells"])
     for cell in notebook["cells"]:
-        if cell["cell_type"] == "markdown": cell["source"] = LINK_IN_LINK.sub(r"[\1\2\3]", "".join(cell["source"]))
+        if cell["cell_type"] == "markdown":
+            text = LINK_IN_LINK.sub(r"[\1\2\3]", "".join(cell["source"]))
+            cell["source"] = HTML_LINE.sub(lambda line: CODE_LINK.sub(r"<code>\1</code>", line[0]), text)
         if cell["cell_type"] != "code": continue
         if "execution" in cell["metadata"]:  # an import that nbdev ran again: what it logs depends on the machine
             cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]

@@ -67,7 +67,9 @@ def state_of(recipe, out):
     except ValueError: return "damaged"
 
 
-def failure_file(recipe, out): return Path(out, "failed", f"{recipe.name}.txt")
+def failure_file(recipe, out):
+    "Where the failure of a run is written down"
+    return Path(out, "failed", f"{recipe.name}.txt")
 
 # %% ../../nbs/running/20_grid.ipynb #2ded3cf9
 @contextmanager

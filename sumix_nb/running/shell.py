@@ -66,7 +66,9 @@ def read_recipe(options):
     return find_recipe(options["recipe"]).recipe(**given)
 
 # %% ../../nbs/running/10_shell.ipynb #c8c042e5
-def one_line(error): return " ".join(str(error).split())
+def one_line(error):
+    "The text of an error without line breaks"
+    return " ".join(str(error).split())
 
 def sumix_train(
     arguments:list[str]|None=None, # Words after the command's name; those of the shell by default

@@ -108,8 +108,9 @@ def check_recipe(
     for kind in fields(Recipe):
         if kind.type is bool: check_flag(kind.name, facts[kind.name])
         if kind.type in (int, float): facts[kind.name] = kind.type(facts[kind.name])
-    if isinstance(recipe.valid, str): check_choice("valid", recipe.valid, ("test",))
-    else: check_fraction("valid", recipe.valid)
+    if isinstance(recipe.valid, str) and recipe.valid != "test":
+        raise ValueError(f'`valid` must be "test" or a fraction, got {recipe.valid!r}')
+    if recipe.valid != "test": check_fraction("valid", recipe.valid)
     if not isinstance(recipe.mixer_options, dict):
         raise TypeError(f"`mixer_options` must be a dictionary, got {recipe.mixer_options!r}")
     if recipe.schedule == "one_cycle" and (recipe.min_lr or recipe.warmup):

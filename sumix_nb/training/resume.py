@@ -82,7 +82,9 @@ def read_checkpoint(file, device="cpu"):
         raise ValueError(text) from error
 
 # %% ../../nbs/training/60_resume.ipynb #21790500
-def in_group(): return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def in_group():
+    "Is this one of several processes that train together?"
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 @contextmanager
 def noting_signals():

@@ -74,7 +74,9 @@ def put_back(holder, state):
         else: vars(holder)[name] = np.array(value) if isinstance(live, np.ndarray) else value
 
 # %% ../../nbs/training/55_state.ipynb #1f0bea2e
-def device_of(learn): return next(learn.model.parameters()).device
+def device_of(learn):
+    "Where the network of a Learner is"
+    return next(learn.model.parameters()).device
 
 def generators(learn):
     "Pairs of functions that read and set the generators of the process and of the device"

@@ -288,10 +288,13 @@ def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_us(tmp_path):
     def fork(learn):
         child = os.fork()
         if child == 0:
-            for number in (INT, TERM): signal.raise_signal(number)
-            os._exit(0)
+            try:
+                for number in (INT, TERM): signal.raise_signal(number)
+            finally: os._exit(0) # whatever happens, the child must not go on with the tests
         statuses.append(os.waitpid(child, 0)[1])
-    fit_with(tmp_path, before_validate=fork)
+    before = signal.signal(TERM, signal.SIG_DFL) # another test may have left a handler
+    try: fit_with(tmp_path, before_validate=fork)
+    finally: signal.signal(TERM, before)
     assert [os.WTERMSIG(status) for status in statuses] == [TERM]
 
 
