@@ -87,7 +87,9 @@ def generators(learn):
     which = {"device": device} if module.device_count() > 1 else {}  # mps has one and takes none
     return [*pairs, [partial(f, **which) for f in (module.get_rng_state, module.set_rng_state)]]
 
-def own_loaders(learn): return [vars(dl).get("dl", dl) for dl in learn.dls.loaders] # unwrapped
+def own_loaders(learn):
+    "The loaders of a Learner, without what several processes wrap around them"
+    return [vars(dl).get("dl", dl) for dl in learn.dls.loaders]
 
 # %% ../../nbs/training/55_state.ipynb #7336b3e8
 WATCHERS = [f"fastai.callback.{name}" for name in ("progress", "tensorboard", "wandb")]
