@@ -200,13 +200,15 @@ def test_sigterm_to_a_run_is_no_failure_and_sigkill_is(tmp_path, wait_until, num
         assert run_one(recipe, tmp_path, engine, options) == "done" and not checkpoint.exists()
 
 
-def test_a_grid_that_was_interrupted_can_be_run_again(tmp_path, here, monkeypatch):
+def test_a_grid_that_was_interrupted_can_be_run_again(tmp_path, here, wait_until, monkeypatch):
     train = grid.train
     monkeypatch.setattr(grid, "train", lambda *_, **given: _thread.interrupt_main() or time.sleep(1))
     with pytest.raises(KeyboardInterrupt): run_grid([ONE, TWO], tmp_path, quiet=True)
     assert here.begun == [ONE.name] and here.ended == [signal.SIGTERM, signal.SIGKILL]
     monkeypatch.setattr(grid, "train", train)
-    failure_file(ONE, tmp_path).unlink()  # of our `train`, which gave no record
+    failed = failure_file(ONE, tmp_path)
+    wait_until(failed.is_file)  # our `train` gives no record, and its thread outlives the interrupt by a second
+    failed.unlink()
     assert len(run_grid([ONE, TWO], tmp_path, quiet=True)) == 2
 
 
