@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sumix_nb.mixers import puzzlemix
-from sumix_nb.mixers.energy import grid_energy, label_prior, lowest_labels, raise_labels, solve_grid
+from sumix_nb.mixers.energy import cross_, grid_energy, label_prior, lowest_labels, raise_labels, solve_grid
 from tests.mixers.oracles import BOOLS, seeded
 
 CASES = [f"e{i}" for i in range(11)]
@@ -94,6 +94,15 @@ def test_two_labels_at_a_time_are_as_good_as_all_at_once(b, n_labels, per_sample
     energies = [grid_energy(labels, *costs, **options) for labels in (fast, general)]
     torch.testing.assert_close(*energies, rtol=0, atol=1e-12)
     assert fast.dtype == torch.int64 and fast.shape == (30, b, b) and fast.unique().numel() > 1
+
+
+def test_crossing_a_border_takes_the_best_label_above():
+    cost, weight = torch.rand(2, 4, 3, 5, generator=seeded()), torch.linspace(-0.1, 0.2, 5)
+    below = cost.clone()
+    cross_(below, weight)
+    for a, label, c, n in itertools.product(range(2), range(4), range(3), range(5)):
+        best = min(cost[a, above, c, n] + weight[n] * (label - above)**2 for above in range(4))
+        assert abs(below[a, label, c, n] - best) < 1e-6
 
 
 def test_samples_whose_prior_is_bent_take_the_general_way(monkeypatch):
