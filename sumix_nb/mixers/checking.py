@@ -70,7 +70,7 @@ def check_record(
 # %% ../../nbs/mixers/80_checking.ipynb #29145352
 def check_pixels(
     images:Tensor, # (N, C, H, W) what was mixed
-    mixed:Mixed, # What came of it
+    mixed:Mixed, # The mixture
     moves:bool=False, # May the partner's pixels be shown elsewhere than they were?
     tolerance:float=1e-6, # Allowed deviation, as a share of the largest value
 )->None:
