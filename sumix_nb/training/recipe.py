@@ -78,7 +78,7 @@ class Recipe:
     smoothing:float=0.0 # Label smoothing
     ema:float=0.0 # Decay of an average of the weights; 0 takes none
     precision:str="fp32" # Number format of forward passes
-    channels_last:bool=True # Memory format of the network
+    channels_last:bool=True # Memory format of the network, if it is 8 channels wide or more
     compile:bool=False # Compile the network by torch.compile?
     seed:int=0 # Seeds initialisation, data order, augmentation and mixing
     validate_every:int=1 # Epochs from one validation to the next; the last epoch always has one

@@ -167,7 +167,7 @@ def make_learner(
     dls = get_dls(recipe.data, path=path, device=device, workers=workers,
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
-    if recipe.channels_last: callbacks.append(ChannelsLast())
+    if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))
     if recipe.clip: callbacks.append(GradientClip(recipe.clip))
