@@ -56,7 +56,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sumix_nb.data.files.RandAugment.__init__': ( 'data/files.html#randaugment.__init__',
                                                                                    'sumix_nb/data/files.py'),
                                      'sumix_nb.data.files.View': ('data/files.html#view', 'sumix_nb/data/files.py'),
-                                     'sumix_nb.data.files.View.resampling': ('data/files.html#view.resampling', 'sumix_nb/data/files.py'),
                                      'sumix_nb.data.files.moved': ('data/files.html#moved', 'sumix_nb/data/files.py'),
                                      'sumix_nb.data.files.operate': ('data/files.html#operate', 'sumix_nb/data/files.py'),
                                      'sumix_nb.data.files.seeded': ('data/files.html#seeded', 'sumix_nb/data/files.py'),
