@@ -267,7 +267,7 @@ def test_every_page_can_be_used_without_a_mouse(docs):
 
 SEARCHES = {
     "cutmix": "mixers/cutmix.html", "SUMix callback": "sumix/callback.html",
-    "how to use with timm": "tutorials/timm.html", "colab": "tutorials/many_gpus.html index.html",
+    "how to use with timm": "tutorials/timm.html", "colab": "index.html", "lightning": "tutorials/use_it_with.html",
     "resume training": "training/resume.html", "checkpoint": "training/resume.html", "lambda": "sumix/ratio.html",
     "multi gpu": "tutorials/many_gpus.html", "vit": "models/networks.html", "install": "index.html",
     "turn off mixing last epochs": "sumix/mix.html mixers/choosing.html",
