@@ -255,13 +255,6 @@ def test_published_sets_from_disk_to_batch(name, tmp_path, few, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"no folder for {name}.*the set is at http"): get_dls(name)
 
 
-def test_loaders_move_with_their_images():
-    dls = get_dls("digits", limit=100, device=torch.device("cpu"))
-    assert dls.device.type == dls.train_ds.images.device.type == "cpu"
-    dls.to("meta")
-    assert dls.train_ds.images.device.type == dls.valid_ds.target.device.type == "meta"
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_sees_the_same_batches():
     on_gpu, on_cpu = (get_dls("digits", limit=300, device=device).train for device in ("cuda", "cpu"))

@@ -191,11 +191,6 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(kind):
     assert sum(losses[8]) / 3 == pytest.approx(losses[24][0], rel=1e-5), "the logged loss must not be divided"
 
 
-def test_the_callback_runs_before_gradient_accumulation_and_mixed_precision():
-    assert Mix.order < GradientAccumulation.order < MixedPrecision.order and SUMix.order == Mix.order
-    assert not Mix.run_valid and not SUMix.run_valid
-
-
 class CpuPrecision(MixedPrecision):
     "fastai's mixed precision, on the CPU"
     def before_fit(self):
@@ -271,13 +266,6 @@ def test_each_process_draws_from_its_own_seed(monkeypatch):
         return torch.rand(3, generator=cb.generator).tolist()
     assert drawn(7, 0) == torch.rand(3, generator=torch.Generator().manual_seed(7)).tolist()
     assert drawn(7, 1) == drawn(8, 0) != drawn(7, 0)
-
-
-def test_mix_with_a_mixer_that_never_mixes_trains_as_without_it():
-    learn, plain = learner(Mix(CutMix(p=0.0))), learner()
-    fit(learn), fit(plain)
-    for (name, one), other in zip(learn.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, msg=name)
 
 
 def test_the_history_is_as_long_as_keep_and_holds_the_last_batches():
