@@ -241,9 +241,6 @@ def test_docs_are_up_to_date(): assert build_docs.stale() == []
 def test_site(docs, check): assert check(docs) == []
 
 
-def test_site_has_formulas(docs): assert any(page.formulas for page in read_pages(docs).values())
-
-
 def test_every_notebook_is_listed(docs): assert unlisted_notebooks(ROOT / "nbs", docs) == []
 
 

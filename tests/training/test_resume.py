@@ -179,6 +179,8 @@ SETUPS = {
     "scaler": lambda: image_learner(Scaled()),
     "average of weights": lambda: image_learner(WeightAverage(0.7)),
     "images from files": lambda: image_learner(Mix(CutMix(), seed=0), view="deit", size=24, workers=1),
+    "counts of trackers": lambda: dropping_learner(cbs=[
+        tracker(patience=3, comp=np.less, min_delta=1.0) for tracker in (EarlyStoppingCallback, ReduceLROnPlateau)]),
     "a callback nobody knows": lambda: dropping_learner(cbs=Unheard()),
     "PyTorch's loader": lambda: dropping_learner(vectors(torch.utils.data.DataLoader)),
     "worker processes": lambda: dropping_learner(vectors(torch.utils.data.DataLoader, num_workers=1)),
@@ -196,36 +198,12 @@ def test_whatever_holds_state_gets_it_back(setup, tmp_path):
         assert same(attempt(f"at {step}"), whole)
 
 
-@pytest.mark.parametrize("step", [5, 10])
-def test_trackers_go_on_counting(step, tmp_path):
-    "A value that never gets better: a tenth of the learning rate from the third epoch on, and the end after the fourth"
-    def attempt(*callbacks):
-        never = {"monitor": "accuracy", "comp": np.less, "min_delta": 1.0}
-        trackers = EarlyStoppingCallback(patience=3, **never), ReduceLROnPlateau(patience=2, **never)
-        learn = dropping_learner(cbs=trackers)
-        with learn.no_bar(), learn.no_logging():
-            try: learn.fit(6, 0.01, cbs=[Checkpoint(tmp_path, "run"), *callbacks])
-            except Preempted: return None
-        return [round(lr, 6) for lr in learn.recorder.lrs]
-    assert attempt(Signal(step)) is None
-    assert attempt() == [0.01] * 9 + [0.001] * 3
-
-
 def test_a_finished_training_is_given_back_without_training(undisturbed, tmp_path):
     first, learn = run(RECIPE, tmp_path), make_learner(RECIPE, device="cpu")
     assert quietly(learn, 3, Checkpoint(tmp_path, RECIPE.name), Interrupt(0, "after_pred"))
     assert "_do_fit" not in vars(learn)
     assert same(weights(learn), weights(first[0]))
     assert same(learn.epoch_log.epochs, undisturbed[0].epoch_log.epochs)
-
-
-def test_epochs_of_an_earlier_life_are_shown_again(tmp_path):
-    run(RECIPE, tmp_path, Signal(7))
-    learn, rows = make_learner(RECIPE, device="cpu"), []
-    learn.logger = rows.append
-    with learn.no_bar(), no_random(0): learn.fit_one_cycle(3, 0.02, cbs=Checkpoint(tmp_path, RECIPE.name))
-    assert [row[0] for row in rows] == [0, 1, 2] and [row[-1] for row in rows[:2]] == ["before", "before"]
-    assert [list(row[1:-1]) for row in rows] == [list(values) for values in learn.recorder.values]
 
 
 @pytest.mark.parametrize(("every", "written"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
