@@ -17,6 +17,7 @@ _HOMES = {
     "mixers.resizemix": ("ResizeMix",),
     "mixers.saliencymix": ("SaliencyMix",),
     "mixers.gridmix": ("GridMix", "SmoothMix"),
+    "mixers.puzzlemix": ("PuzzleMix",),
     "mixers.choosing": ("MIXERS", "OneOf"),
     "mixers.checking": ("check_mixer",),
     "sumix.ratio": ("mix_ratio",),

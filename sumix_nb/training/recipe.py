@@ -25,7 +25,7 @@ CHOICES = {
     "model": ("resnet18", "resnext50", "wrn28_8", "deit_small", "swin_tiny"),
     "stem": ("small", "standard"),
     "mixer": ("none", "mixup", "cutmix", "fmix", "resizemix", "saliencymix", "gridmix",
-              "smoothmix"),
+              "smoothmix", "puzzlemix"),
     "method": ("mce", "sumix", "mce_bn", "mce_clean"),
     "variant": ("poster", "released", "corrected"),
     "clean": ("no_grad", "concat", "separate"),
