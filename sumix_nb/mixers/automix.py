@@ -183,7 +183,7 @@ def exchange(self:Teacher, network:nn.Module):
         theirs.copy_(mine)
         mine.copy_(kept)
 
-# %% ../../nbs/mixers/82_automix.ipynb #388ddaa3
+# %% ../../nbs/mixers/82_automix.ipynb #2b2b8084
 def teacher_momentum(
     iteration:int, # t, counted from 0
     iterations:int, # T, of the whole training
@@ -198,7 +198,7 @@ def teacher_momentum(
     check_scope(scope)
     low, high = (int(share * iterations) for share in scope)
     if iteration < low: return base
-    if iteration == 0: return 0.0
+    if iteration == scope[0] == 0: return 0.0
     done = min(iteration / max(high, 1), 1)
     return end - (end - base) * (1 + math.cos(math.pi * done)) / 2
 

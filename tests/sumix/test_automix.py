@@ -1,6 +1,7 @@
 "AutoMix in training: recorded iterations, the course of gradients, and a callback that works as SUMix does"
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -398,10 +399,17 @@ def test_metrics_of_mixtures_and_pictures_work():
     assert torch.equal(lam, ratio) and mixed.images.shape == (16, 3, 16, 16) and not mixed.images.requires_grad
 
 
-def test_a_compiled_network_trains():
-    model = get_model("resnet18", 4, width=4)
-    model.compile(backend="eager")
-    assert fit(automix(model=model)).automix.terms.loss.isfinite()
+def test_a_compiled_network_trains_as_one_that_is_not():
+    found = []
+    def note(learn, losses): losses.append(learn.loss.item())
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, losses = get_model("resnet18", 4, width=4), []
+        if compiled: model.compile(backend="eager")
+        learn = automix(model=model)
+        fit(learn, 2, cbs=[At("after_loss", partial(note, learn, losses), batch=i) for i in range(3)])
+        found.append(losses)
+    assert len(found[0]) == 6 and found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_network_taken_in_exchange_gets_parts_of_its_own():
