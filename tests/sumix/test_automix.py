@@ -13,7 +13,7 @@ from fastai.torch_core import no_random
 from torch import nn
 from torch.nn import functional as F
 
-from sumix_nb.mixers.automix import Teacher, teacher_momentum
+from sumix_nb.mixers.automix import teacher_momentum
 from sumix_nb.mixers.mixed import unmixed
 from sumix_nb.models.networks import get_model
 from sumix_nb.sumix.automix import AutoMix, AutoMixPasses
@@ -451,14 +451,6 @@ def test_the_mask_weight_falls_if_asked():
         evidence = passes.collect(model, model(passes.inputs(unmixed(images, target), images)))
         found.append(passes.terms(evidence, F.cross_entropy, iteration, 10).mask_loss.item())
     assert found == pytest.approx([0.16, 0.08, 0.0], abs=2e-3) and math.isclose(found[2], 0, abs_tol=1e-9)
-
-
-def test_a_teacher_of_a_network_on_double_precision_is_double():
-    model = get_model("resnet18", 4, width=4).double()
-    passes = AutoMixPasses()
-    passes.attach(model)
-    assert {b.dtype for b in passes.parts.buffers() if b.is_floating_point()} == {torch.float64}
-    assert isinstance(passes.parts.teacher, Teacher) and passes.parts.generator.query.weight.dtype == torch.float64
 
 
 # ---- two processes -------------------------------------------------------------------------------------
