@@ -56,11 +56,8 @@ def check_choice(name:str, value, choices)->None:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
 
 # %% ../nbs/support/10_checks.ipynb #bca47446
-def check_batch(
-    images:Tensor, # (N, C, H, W) floating point images
-    target:Tensor, # (N,) class indices or (N, K) soft labels
-)->None:
-    "A batch of images and its labels, on one device"
+def check_batch(images:Tensor, target:Tensor)->None:
+    "Floating point images (N, C, H, W) and their labels, (N,) or (N, K), on one device"
     for name, value in (("images", images), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")

@@ -16,11 +16,8 @@ from torch.nn import functional as F
 from .checks import check_whole
 
 # %% ../nbs/support/20_pictures.ipynb #87c5c628
-def example_batch(
-    height:int=40, # H of the images, pixels
-    width:int=48, # W of the images, pixels
-)->tuple[Tensor, Tensor]: # (6, 3, H, W) images in [0, 1]; (6,) classes, 0 temple and 1 flower
-    "Three crops of each of scikit-learn's two photographs"
+def example_batch(height:int=40, width:int=48)->tuple[Tensor, Tensor]: # (6, 3, H, W), (6,)
+    "Three crops of each of scikit-learn's photographs, in [0, 1]; classes, 0 temple and 1 flower"
     for name, value in (("height", height), ("width", width)): check_whole(name, value, 1)
     places, side = ((0, 120, 240), (40, 130, 220)), 400
     cuts = [torch.tensor(photo)[10:10 + side, left:left + side].permute(2, 0, 1) / 255

@@ -123,7 +123,8 @@ def test_modules_and_lines_are_short(name):
 
 
 def test_the_library_stays_small():
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in MODULES.values()) <= 7830
+    allowed = 6500 + 464 + 975  # the house, PuzzleMix, AutoMix and AdAutoMix
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in MODULES.values()) <= allowed
 
 
 def page_lines(path): return sum(len(code_lines(source)) for kind, source in cells_of(path) if kind == "code")
@@ -132,7 +133,7 @@ def page_lines(path): return sum(len(code_lines(source)) for kind, source in cel
 def test_pages_are_short():
     lines = {without_numbers(path): page_lines(path) for path in NOTEBOOKS}
     assert {name: n for name, n in lines.items() if n > 300} == {}
-    assert sorted(lines.values())[len(lines) // 2] <= 170
+    assert sorted(lines.values())[len(lines) // 2] <= 156
 
 
 @pytest.mark.parametrize("path", EXPORTING, ids=without_numbers)
@@ -170,4 +171,5 @@ def test_tests_stand_where_their_modules_do():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     houses = {path.name for path in (ROOT / "sumix_nb").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert houses <= folders
-    assert sum(len(Path(path).read_text("utf-8").splitlines()) for path in (ROOT / "tests").rglob("*.py")) <= 10100
+    allowed = 8500 + 525 + 1155  # the house, PuzzleMix, AutoMix and AdAutoMix
+    assert sum(len(Path(path).read_text("utf-8").splitlines()) for path in (ROOT / "tests").rglob("*.py")) <= allowed

@@ -11,11 +11,8 @@ from fastai.torch_core import TensorImage
 from fasttransform import DisplayedTransform
 
 # %% ../../nbs/data/10_augment.ipynb #15d8bba5
-def reflect_index(
-    index:torch.Tensor, # Whole numbers, at most `size - 1` outside of 0 ... size-1
-    size:int, # Number of rows or columns
-)->torch.Tensor: # Same shape, in 0 ... size-1
-    "Index inside the image that a mirror at the border shows at `index`"
+def reflect_index(index:torch.Tensor, size:int)->torch.Tensor: # In 0 ... size-1
+    "What a mirror at the border shows at each `index`, at most `size - 1` outside of the image"
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 # %% ../../nbs/data/10_augment.ipynb #b44030c2
@@ -54,11 +51,8 @@ def sample_crop_flip(
 class RandomCropFlip(DisplayedTransform):
     "Reflect crop and mirror of training batches, with draws from `generator`"
     split_idx = 0
-    def __init__(self,
-        pad:int, # Largest move in pixels
-        flip:bool, # Mirror half of the images?
-        generator:torch.Generator, # CPU generator
-    ): self.pad, self.flip, self.generator = pad, flip, generator
+    def __init__(self, pad:int, flip:bool, generator:torch.Generator): # As for `sample_crop_flip`
+        self.pad, self.flip, self.generator = pad, flip, generator
     def encodes(self, images:TensorImage):
         images = images.as_subclass(torch.Tensor)
         draws = sample_crop_flip(len(images), self.pad, self.flip, self.generator)

@@ -70,9 +70,7 @@ def operate(
 # %% ../../nbs/data/40_files.ipynb #69415e23
 class RandAugment:
     "RandAugment as the released recipes use it (FixMatch's operations)"
-    def __init__(self,
-        level:float, # Mean strength of an operation, 0 to 10; its standard deviation is 0.5
-    ):
+    def __init__(self, level:float): # Mean strength, 0 to 10; its standard deviation is 0.5
         check_number("level", level, 0, 10)
         self.level = level
     def __call__(self, image:Image.Image)->Image.Image: # RGB, of the same size
@@ -88,19 +86,17 @@ class RandAugment:
 class View:
     "What is done to one image before it becomes a tensor"
     area:tuple[float, float]=(1.0, 1.0) # Smallest and largest share in a random resized crop
-    bicubic:bool=True # Resample by bicubic interpolation? If not, by bilinear
+    resampling:InterpolationMode=BICUBIC # How to resize
     first:int|None=None # Training: resize the shorter side to this first, for 224 x 224
     test:int|None=None # Test: resize the shorter side to this and cut out the centre, for 224 x 224
     rand_augment:float|None=None # Level of RandAugment
     erase:float=0.0 # Probability of erasing a rectangle
-    @property
-    def resampling(self): return BICUBIC if self.bicubic else InterpolationMode.BILINEAR
 
 
 VIEWS = {
     "tiny_imagenet": View((0.08, 1.0)),
     "imagenet": View((0.08, 1.0), test=256),
-    "fine_grained": View((0.5, 1.0), bicubic=False, first=256, test=256),
+    "fine_grained": View((0.5, 1.0), InterpolationMode.BILINEAR, first=256, test=256),
     "deit": View((0.8, 1.0), rand_augment=9, erase=0.25),
     "swin": View((0.8, 1.0), rand_augment=7),
 }
@@ -139,10 +135,7 @@ def seeded(seed, device=None):
 class EraseBatch(DisplayedTransform):
     "Random erasing of normalised training images, with draws from `generator`"
     split_idx, order = 0, 100
-    def __init__(self,
-        p:float, # Probability that an image has a rectangle erased
-        generator:torch.Generator, # CPU generator
-    ):
+    def __init__(self, p:float, generator:torch.Generator): # Probability for each image
         self.generator = generator
         self.erase = v2.RandomErasing(p, (0.02, 1 / 3), (3 / 10, 10 / 3), value="random")
     def encodes(self, images:TensorImage):

@@ -53,11 +53,8 @@ def read_class_folders(
     return splits, list(found["train"])
 
 # %% ../../nbs/data/50_layouts.ipynb #c7b75d83
-def read_table(
-    file:Path, # A text file, a row in each line
-    columns:int, # Columns, separated by spaces or tabs; the last takes the rest of the line
-)->list[list[str]]: # Rows
-    "The rows of a table"
+def read_table(file:Path, columns:int)->list[list[str]]:
+    "The lines of a text file as rows of `columns` words, the last of which takes the rest"
     if not file.is_file(): raise FileNotFoundError(f"no file {file}: the set is not complete")
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):

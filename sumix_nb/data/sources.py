@@ -22,6 +22,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
+import pandas as pd
 import torch
 from fastcore.basics import num_cpus as usable_cores
 from PIL import Image
@@ -165,10 +166,8 @@ def find_root(source:DataSource, path:str|Path|None=None)->Path:
     return root
 
 # %% ../../nbs/data/20_sources.ipynb #d3032042
-def open_image(
-    item:str|Path|Image.Image, # PNG or JPEG file, or a Pillow image
-)->Image.Image: # RGB, decoded
-    "One image, read completely"
+def open_image(item:str|Path|Image.Image)->Image.Image: # RGB, decoded
+    "One image, of a PNG or JPEG file or of Pillow, read completely"
     if isinstance(item, (str, Path)):
         if not Path(item).is_file():
             raise FileNotFoundError(f"{item} is missing, or no regular file")
@@ -211,10 +210,8 @@ def rank_in_class(
     "Number of each image within its class"
     n = len(target)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    order = order[target[order].argsort(stable=True)]
-    counts = torch.bincount(target)
-    rank = torch.arange(n) - (counts.cumsum(0) - counts)[target[order]]
-    return rank[order.argsort()]
+    rank = pd.Series(order.numpy()).groupby(target[order].numpy()).cumcount()
+    return torch.tensor(rank.values)[order.argsort()]
 
 # %% ../../nbs/data/20_sources.ipynb #9208b01d
 def read_digits()->tuple[dict[str, Split], list[str]]: # As `read_folders`, with Pillow images

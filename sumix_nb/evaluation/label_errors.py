@@ -73,11 +73,8 @@ class Mixtures(NamedTuple):
 
 # %% ../../nbs/evaluation/30_label_errors.ipynb #e229cb5e
 @torch.no_grad()
-def outputs_of(
-    model:nn.Module, # A classifier; its mode is as before afterwards
-    *batches:Tensor, # (N, C, H, W) each
-)->list[tuple[Tensor, Tensor]]: # Logits and features of each batch
-    "What a network makes of some batches in evaluation mode"
+def outputs_of(model:nn.Module, *batches:Tensor)->list[tuple[Tensor, Tensor]]:
+    "Logits and features of each (N, C, H, W) batch, by the network in evaluation mode"
     training = model.training
     model.eval()
     try: return [logits_and_features(model, batch) for batch in batches]

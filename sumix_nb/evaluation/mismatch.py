@@ -49,10 +49,7 @@ def visible_objects(
     return mixed, first.sum((1, 2, 3)), second.sum((1, 2, 3)).clamp(min=0)
 
 # %% ../../nbs/evaluation/20_mismatch.ipynb #16c660c7
-def true_ratio(
-    visible_a:Tensor, # (N,) visible object pixels of the first images
-    visible_b:Tensor, # (N,) those of the second
-)->Tensor: # (N,) in [0, 1]; NaN where less than one object pixel is visible
+def true_ratio(visible_a:Tensor, visible_b:Tensor)->Tensor: # All (N,); NaN below one pixel
     "lambda*, the share of the visible object pixels that belongs to the first image"
     both = visible_a + visible_b
     return torch.where(both >= 1, visible_a / both.clamp(min=1), math.nan)

@@ -36,7 +36,7 @@ class Relabel(Mix):
         if isinstance(rule, type) or not callable(self.rule):
             raise TypeError(f"`rule` must be a name or called as rule(evidence), got {rule!r}")
         self.passes = Passes(getattr(self.rule, "needs", ()), clean, update_bn, layer)
-        self.clean, self.update_bn, self.evidence = clean, update_bn, None
+        self.evidence = None
 
     def __getstate__(self): return super().__getstate__() | {"evidence": None}
 

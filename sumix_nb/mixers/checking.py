@@ -103,11 +103,8 @@ def check_share(
     assert gap <= allowed + 1e-5, f"`lam` is {gap:.4f} away from the mean of `mask`"
 
 # %% ../../nbs/mixers/80_checking.ipynb #8947e307
-def seeded(
-    mixer:Callable, # Called as `mixer(images, target, model=, generator=)`
-    model=None, # Handed to the mixer
-)->Callable: # Called as `mix(images, target, seed)`
-    "The mixer as a function of a seed"
+def seeded(mixer:Callable, model=None)->Callable: # Called as `mix(images, target, seed)`
+    "The mixer, to which `model` is handed, as a function of a seed"
     def mix(images, target, seed):
         return mixer(images, target, model=model, generator=torch.Generator().manual_seed(seed))
     return mix

@@ -17,6 +17,7 @@ from .cutmix import CutMix
 from .fmix import FMix
 from .gridmix import GridMix, SmoothMix
 from .mixed import Mixed, MixUp, take_images, unmixed
+from .puzzlemix import PuzzleMix
 from .resizemix import ResizeMix
 from .saliencymix import SaliencyMix
 
@@ -107,4 +108,5 @@ class OneOf:
 
 # %% ../../nbs/mixers/70_choosing.ipynb #23e47b94
 MIXERS = {"mixup": MixUp, "cutmix": CutMix, "fmix": FMix, "resizemix": ResizeMix,
-          "saliencymix": SaliencyMix, "gridmix": GridMix, "smoothmix": SmoothMix}
+          "saliencymix": SaliencyMix, "gridmix": GridMix, "smoothmix": SmoothMix,
+          "puzzlemix": PuzzleMix}

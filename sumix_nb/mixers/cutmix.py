@@ -13,11 +13,8 @@ from ..checks import check_shares
 from .mixed import Mixer, blend_, take_images
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #3667c4fd
-def within(
-    edge:float|Tensor, # A whole number, or (N,) of them
-    side:int, # H or W, pixels
-)->int|Tensor: # An integer, or (N,) int64
-    "The edge of a box, moved inside the image"
+def within(edge:float|Tensor, side:int)->int|Tensor: # An integer, or (N,) int64
+    "The edge of a box, a whole number or (N,) of them, moved inside an image of `side` pixels"
     if isinstance(edge, Tensor) and edge.ndim: return edge.long().clamp_(0, side)
     return min(max(int(edge), 0), side)
 
@@ -38,22 +35,13 @@ def scaled_box(
             within(col - half_width, width), within(col + half_width, width))
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #028bf7ee
-def mixing_box(
-    lam:float|Tensor, # Wanted share of the first image, in [0, 1]: a number, or (N,) float64
-    height:int, # Image height H, pixels
-    width:int, # Image width W, pixels
-    center:tuple, # Box centre (row, column), pixels: two integers, or two (N,) tensors
-)->tuple: # (top, bottom, left, right), half-open, inside the image: integers, or (N,) int64 tensors
+def mixing_box(lam:float|Tensor, height:int, width:int, center:tuple)->tuple: # As `scaled_box`
     "Box of about `(1 - lam) * H * W` pixels before clipping (CutMix, Eq. 2)"
     check_shares("lam", lam)
     return scaled_box((1 - lam) ** 0.5, height, width, center)
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #3e8ff540
-def box_ratio(
-    box:tuple, # (top, bottom, left, right) from `mixing_box`
-    height:int, # Image height H, pixels
-    width:int, # Image width W, pixels
-)->float|Tensor: # Share of the first image that is left, in [0, 1]: a number, or (N,) float32
+def box_ratio(box:tuple, height:int, width:int)->float|Tensor: # A number, or (N,) float32
     "Share of the pixels outside `box`: the `lam` of the label (as in the authors' CutMix code)"
     top, bottom, left, right = box
     return 1 - (bottom - top) * (right - left) / (height * width)
@@ -66,10 +54,7 @@ def box_share(box, height, width)->Tensor: # (1|N,) float32
     return torch.tensor([ratio], dtype=torch.float32, device="cpu")
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #1c1ed3ee
-def outer_mask(
-    rows:Tensor, # (N, H) how much of the partner each row lets through, in [0, 1]
-    cols:Tensor, # (N, W) the same for each column
-)->Tensor: # (N, 1, H, W) float32
+def outer_mask(rows:Tensor, cols:Tensor)->Tensor: # (N, H), (N, W) -> (N, 1, H, W) float32
     "Weight of the first image where the partner shows through row and column: `1 - rows * cols`"
     return 1 - rows[:, None, :, None] * cols[:, None, None]
 

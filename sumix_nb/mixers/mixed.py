@@ -29,11 +29,8 @@ def sample_lam(
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0].clamp(1e-6, 1 - 1e-6)
 
 # %% ../../nbs/mixers/10_mixed.ipynb #ab7cf91b
-def sample_partner(
-    n:int, # Batch size N
-    generator:torch.Generator|None=None, # A CPU generator; PyTorch's global one by default
-)->Tensor: # (N,) int64 on the CPU: the index of each sample's partner
-    "A random permutation of the batch"
+def sample_partner(n:int, generator:torch.Generator|None=None)->Tensor: # (N,) int64 on the CPU
+    "A random permutation: the index of each sample's partner, drawn as in `sample_lam`"
     return torch.randperm(n, generator=generator, device="cpu")
 
 # %% ../../nbs/mixers/10_mixed.ipynb #4c558484
@@ -92,9 +89,7 @@ def to(self:Mixed, device:str|torch.device)->Mixed:
 
 # %% ../../nbs/mixers/10_mixed.ipynb #e23d5d09
 @patch
-def soft_target(self:Mixed,
-    num_classes:int, # Number of classes K
-)->Tensor: # (N, K) float32
+def soft_target(self:Mixed, num_classes:int)->Tensor: # (N, K) float32
     "Class weights: `lam` of the first label and the rest of the partner's, as torchvision has it"
     check_whole("num_classes", num_classes, 1)
     pair, lam = (self.target_a, self.target_b), self.lam.float()[:, None]

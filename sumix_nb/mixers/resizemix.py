@@ -20,23 +20,15 @@ from .mixed import Mixer, blend_, is_channels_last, sample_lam, take_images
 RESIZE_MODES = ("nearest", "bilinear")
 
 # %% ../../nbs/mixers/40_resizemix.ipynb #f2cfe0f5
-def shrink(
-    images:Tensor, # (N, C, H, W)
-    box:tuple, # (top, bottom, left, right): integers
-    mode:str, # "nearest" or "bilinear"
-)->Tensor: # (N, C, bottom - top, right - left)
-    "The images as small as a box, which may be empty"
+def shrink(images:Tensor, box:tuple, mode:str)->Tensor: # (N, C, bottom - top, right - left)
+    "The images as small as a box (top, bottom, left, right) of integers, which may be empty"
     top, bottom, left, right = box
     if top == bottom or left == right: return images[..., :bottom - top, :right - left]
     return F.interpolate(images, (bottom - top, right - left), mode=mode)
 
 # %% ../../nbs/mixers/40_resizemix.ipynb #b37a4cdd
-def paste(
-    images:Tensor, # (N, C, H, W); never written to
-    patches:Tensor, # (N, C, bottom - top, right - left)
-    box:tuple, # (top, bottom, left, right): integers
-)->Tensor: # (N, C, H, W)
-    "The images with `patches` inside `box`"
+def paste(images:Tensor, patches:Tensor, box:tuple)->Tensor: # (N, C, H, W)
+    "A copy of the images with `patches` inside the box that they were shrunk to"
     top, bottom, left, right = box
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = patches
@@ -60,12 +52,8 @@ def source_lines(
     return first.long(), (first + 1).clamp(max=length - 1).long(), position - first
 
 # %% ../../nbs/mixers/40_resizemix.ipynb #f12b6c50
-def pick(
-    images:Tensor, # (N, C, H, W)
-    rows:Tensor, # (N, H) int64 a row for each row, on the device of the images
-    cols:Tensor, # (N, W) int64 a column for each column
-)->Tensor: # (N, C, H, W)
-    "For each pixel the one in the given row and column of the same image"
+def pick(images:Tensor, rows:Tensor, cols:Tensor)->Tensor: # (N, C, H, W), (N, H), (N, W), int64
+    "For each pixel of the images the one in the given row and column of the same image"
     source = (rows[:, :, None] * images.shape[3] + cols[:, None]).flatten(1)[:, None]
     return images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(images.shape)
 
@@ -98,12 +86,8 @@ def paste_resized(
     return blend_(shrunk.to(images.dtype), images, box_mask(box, height, width, images.device))
 
 # %% ../../nbs/mixers/40_resizemix.ipynb #15653864
-def uniform(
-    values:tuple, # Least and most
-    size:int, # How many to draw
-    generator:torch.Generator|None=None, # A CPU generator; PyTorch's global one by default
-)->Tensor: # (size,) float64, on the CPU
-    "Numbers drawn evenly between two ends"
+def uniform(values:tuple, size:int, generator:torch.Generator|None=None)->Tensor:
+    "(size,) float64 on the CPU, drawn evenly between the least and the most of `values`"
     shares = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
     return values[0] + (values[1] - values[0]) * shares
 

@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from ..checks import check_number
 
 # %% ../../nbs/mixers/50_saliency.ipynb #1001a359
-def grey_levels(
-    images_uint8:Tensor, # (N, C, H, W) uint8, C = 3 (RGB) or 1
-)->Tensor: # (N, H, W) int32, 0 to 255
+def grey_levels(images_uint8:Tensor)->Tensor: # (N, 3|1, H, W) uint8 -> (N, H, W) int32, 0 to 255
     "Brightness as OpenCV computes it from an RGB image that it takes for BGR"
     shape, dtype = tuple(images_uint8.shape), images_uint8.dtype
     if len(shape) != 4 or shape[1] not in (1, 3) or dtype != torch.uint8:
@@ -61,9 +59,7 @@ def windows(
     return torch.stack(ends[0], 1).flatten(), torch.cat(ends[1], 1), count
 
 # %% ../../nbs/mixers/50_saliency.ipynb #ada09796
-def center_surround(
-    grey:Tensor, # (N, H, W) int32, 0 to 255
-)->tuple[Tensor, Tensor]: # Two times (N, H, W), whole numbers from 0 to 255
+def center_surround(grey:Tensor)->tuple[Tensor, Tensor]: # All (N, H, W), whole, from 0 to 255
     "How much brighter, and how much darker, each pixel is than around it (Montabone, Soto, 2010)"
     n, height, width = grey.shape
     rows, cols, count = windows(height, width, grey.device)
@@ -77,17 +73,13 @@ def center_surround(
     return (255 * both / both.amax((-2, -1), keepdim=True).clamp(min=1)).floor().unbind()
 
 # %% ../../nbs/mixers/50_saliency.ipynb #77f0d6e1
-def fine_grained_saliency(
-    images_uint8:Tensor, # (N, C, H, W) uint8, C = 3 (RGB) or 1
-)->Tensor: # (N, H, W) uint8
+def fine_grained_saliency(images_uint8:Tensor)->Tensor: # (N, 3|1, H, W) -> (N, H, W), both uint8
     "OpenCV's fine grained saliency (Montabone and Soto, 2010), bit for bit"
     on, off = center_surround(blur(blur(grey_levels(images_uint8))))
     return ((on + off) % 256).byte()
 
 # %% ../../nbs/mixers/50_saliency.ipynb #02074428
-def spectral_saliency(
-    images_uint8:Tensor, # (N, C, H, W) uint8, C = 3 (RGB) or 1
-)->Tensor: # (N, H, W) float32, at least 0
+def spectral_saliency(images_uint8:Tensor)->Tensor: # (N, 3|1, H, W) uint8 -> (N, H, W) float32
     "Spectral residual saliency (Hou and Zhang, 2007) at 64 x 64 pixels, resized"
     grey = grey_levels(images_uint8)[:, None].float()
     spectrum = torch.fft.fft2(F.interpolate(grey, (64, 64), mode="bilinear", antialias=True))

@@ -38,19 +38,14 @@ class FeatureTap:
     def __exit__(self, *error): self.remove()
 
 # %% ../../nbs/models/10_tap.ipynb #39016ba5
-def unwrap(
-    model:nn.Module, # A network, wrapped or not
-)->nn.Module: # The network inside
+def unwrap(model:nn.Module)->nn.Module:
     "The network inside torch.compile, DistributedDataParallel and DataParallel, in any order"
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)): return unwrap(model.module)
     return unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
 
 
-def named_linears(
-    module:nn.Module, # Where to look
-    prefix:str="", # Name of `module` itself
-): # Pairs of name and layer, in the order of definition
-    "The linear layers of a network by name, without looking inside them"
+def named_linears(module:nn.Module, prefix:str=""): # Pairs of name and layer
+    "The linear layers of a network in the order of definition, without looking inside them"
     if isinstance(module, nn.Linear): yield prefix, module
     else:
         for name, child in module.named_children():

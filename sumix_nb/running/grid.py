@@ -29,15 +29,13 @@ from ..data.sources import SOURCES, find_root, usable_cores
 from .shell import one_line, read_recipe
 from ..training.recipe import Recipe
 from ..training.records import git_commit, make_folder, read_record, write_record
-from ..training.resume import Checkpoint, Preempted, writing_whole
+from ..training.resume import Checkpoint, Preempted, handling_signals, write_whole
 from ..training.trackers import TRACKERS
 from ..training.train import train
 
 # %% ../../nbs/running/20_grid.ipynb #d16b627a
-def recipe_grid(
-    **values, # Fields of `Recipe`, or `recipe`, a published one; a list or range holds choices
-)->list[Recipe]: # All combinations, the last field varying fastest
-    "The runs of a study"
+def recipe_grid(**values)->list[Recipe]:
+    "All combinations of fields, the last one varying fastest; a list or range holds choices"
     for name, value in values.items():
         check_choice("field", name, ("recipe", *Recipe.__annotations__))
         if value == []: raise ValueError(f"`{name}` must have at least one value, got []")
@@ -45,10 +43,8 @@ def recipe_grid(
     return [read_recipe(dict(zip(values, chosen))) for chosen in itertools.product(*choices)]
 
 # %% ../../nbs/running/20_grid.ipynb #cec394ad
-def read_grid(
-    file:str|Path, # A TOML file
-)->list[Recipe]: # Each once, in the order of the file
-    "The runs of a file; `ValueError` names the file"
+def read_grid(file:str|Path)->list[Recipe]:
+    "The runs of a TOML file, each once and in its order; `ValueError` names the file"
     try:
         common = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
         tables = common.pop("runs", [{}])
@@ -63,8 +59,9 @@ def state_of(recipe, out):
     "What the folder says of a run: `done`, `damaged`, `failed` or `waiting`"
     file = Path(out, f"{recipe.name}.json")
     if not file.is_file(): return "failed" if failure_file(recipe, out).is_file() else "waiting"
-    try: return "done" if read_record(file)["name"] == recipe.name else "damaged"
+    try: read_record(file)
     except ValueError: return "damaged"
+    return "done"
 
 
 def failure_file(recipe, out):
@@ -90,23 +87,20 @@ def run_one(recipe, out, attempt, options):
         try:
             record = attempt(recipe, options)
             if state_of(recipe, out) != "done": write_record(record, out)  # comes from a cluster
-            if "checkpoints" in options: Checkpoint(options["checkpoints"], recipe.name).remove()
+            if "checkpoints" in options:
+                Checkpoint(options["checkpoints"], recipe.name).file.unlink(missing_ok=True)
         except Preempted: return "waiting"
         except Exception as error:
             file = failure_file(recipe, out)
             file.parent.mkdir(exist_ok=True)
-            with writing_whole(file, "w") as opened:
-                print(f"{type(error).__name__}: {one_line(error)}", recipe, git_commit(),
-                      traceback.format_exc(), sep="\n\n", file=opened)
+            facts = (f"{type(error).__name__}: {one_line(error)}", repr(recipe), str(git_commit()))
+            write_whole(file, "\n\n".join([*facts, traceback.format_exc()]).encode())
             return "failed"
         return "done"
 
 # %% ../../nbs/running/20_grid.ipynb #667a0544
-def failures(
-    recipes:list[Recipe], # Runs
-    out:str|Path="results", # Folder of the records
-)->list[str]: # A line for each that has failed or is damaged
-    "The file of each failure and its error, and the damaged records"
+def failures(recipes:list[Recipe], out:str|Path="results")->list[str]:
+    "A line for each failure, its file and error, and for each damaged record"
     lines = []
     for recipe in recipes:
         state, file = state_of(recipe, out), failure_file(recipe, out)
@@ -213,9 +207,7 @@ def check_grid(recipes, engine, options):
         if not there: raise ValueError(f"this machine must have `device`, got {given['device']!r}")
     for name in {recipe.data for recipe in recipes} if "path" in given else ():
         find_root(SOURCES[name], given["path"])
-    if "checkpoints" in given:
-        if given["checkpoints"].is_file(): raise ValueError("`checkpoints` must not be a file")
-        make_folder(given["checkpoints"])
+    if "checkpoints" in given: make_folder(given["checkpoints"])
     return given
 
 # %% ../../nbs/running/20_grid.ipynb #c1d06ed1
@@ -284,19 +276,15 @@ def sumix_grid(
     retry_failed:bool=False, # Run again what failed, or has a damaged record?
 )->None:
     "Run what has no record yet; exit code 1 if a run failed, 143 after SIGTERM, 130 after Ctrl-C"
-    signals = [signal.SIGTERM, signal.SIGINT]
-    if threading.current_thread() is not threading.main_thread(): signals = []  # Python's rule
-    before = [(n, signal.signal(n, lambda number, frame: sys.exit(number))) for n in signals]
     try:
-        recipes = read_grid(grid)
-        run_grid(recipes, out, jobs, threads, engine, gpus, retry_failed, path=data_dir,
-                 device=device, workers=workers, checkpoints=checkpoints, every=every, log=log)
-        lost = failures(recipes, out)
+        with handling_signals(lambda number, frame: sys.exit(number)):
+            recipes = read_grid(grid)
+            run_grid(recipes, out, jobs, threads, engine, gpus, retry_failed, path=data_dir,
+                     device=device, workers=workers, checkpoints=checkpoints, every=every, log=log)
+            lost = failures(recipes, out)
     except SystemExit as end:
         print("sumix_grid: stopped; the same command goes on", file=sys.stderr)
         sys.exit(128 + end.code)
     except (ValueError, TypeError, OSError, ImportError) as error:
         sys.exit(f"sumix_grid: {one_line(error)}")
-    finally:
-        for number, handler in before: signal.signal(number, handler)
     if lost: sys.exit("\n".join(lost))

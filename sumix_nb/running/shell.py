@@ -70,18 +70,15 @@ def one_line(error):
     "The text of an error without line breaks"
     return " ".join(str(error).split())
 
-def sumix_train(
-    arguments:list[str]|None=None, # Words after the command's name; those of the shell by default
-)->None:
-    "Train one recipe and write its record"
+def sumix_train(arguments:list[str]|None=None)->None:
+    "Train one recipe and write its record, by the words of the shell or those given"
     options = vars(option_parser().parse_args(arguments))
     def end(text, code):
         print(f"sumix_train: {one_line(text)}", file=sys.stderr)
         sys.exit(code)
     try:
         recipe = read_recipe(options)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             from fastai.torch_core import rank_distrib
             from sumix_nb.training.processes import leave_group
             from sumix_nb.training.records import comparison_table

@@ -22,11 +22,8 @@ def arm_of(recipe:Recipe)->str: # e.g. "CutMix", "CutMix + SUMix" or "CutMix + S
     return label_of(asdict(recipe)) + (f" ({recipe.variant})" if named else "")
 
 
-def study_runs(
-    recipes:list[Recipe], # Of the study
-    records:list[dict], # Of any runs
-)->dict[str, dict[int, dict]]: # Arm -> seed -> record, of what has been run, in the recipes' order
-    "The records of a study; others are left out"
+def study_runs(recipes:list[Recipe], records:list[dict])->dict[str, dict[int, dict]]:
+    "Arm -> seed -> record, of those recipes that were run, in their order; others are left out"
     study = {}
     for recipe in recipes: study.setdefault(arm_of(recipe), []).append(recipe)
     return records_by_seed(records, study)

@@ -40,10 +40,8 @@ def objects_on_white(
     return MaskedImages(images[chosen], target[chosen], is_object[chosen], tuple(vocab))
 
 # %% ../../nbs/studies/50_photographs.ipynb #ce457bab
-def cifar100_objects(
-    path:str|Path|None=None, # Folder of train/ and test/; by default `$SUMIX_DATA/cifar100`
-)->MaskedImages:
-    "The photographs on white in CIFAR-100's test split"
+def cifar100_objects(path:str|Path|None=None)->MaskedImages:
+    "The photographs on white in CIFAR-100's test split, in the folder that `find_root` finds"
     source = SOURCES["cifar100"]
     data, names = read_folders(source, find_root(source, path))
     files, target = data["test"]

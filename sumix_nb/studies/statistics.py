@@ -16,10 +16,8 @@ from ..checks import check_choice, check_fraction
 from ..training.records import mean_and_spread
 
 # %% ../../nbs/studies/10_statistics.ipynb #e422d094
-def accuracies(
-    runs:dict[str, dict[int, dict]], # Arm -> seed -> record, e.g. from `records_by_seed`
-)->pd.DataFrame: # A row for each seed, a column for each arm; NaN where there is no run
-    "Accuracy after the last epoch, percent"
+def accuracies(runs:dict[str, dict[int, dict]])->pd.DataFrame: # Seeds x arms; NaN for no run
+    "Accuracy after the last epoch, percent, from arm -> seed -> record (see `records_by_seed`)"
     return pd.DataFrame({arm: {seed: 100 * record["accuracy"] for seed, record in found.items()}
                          for arm, found in runs.items()}).sort_index()
 

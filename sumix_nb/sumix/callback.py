@@ -25,12 +25,8 @@ from .step import HEAD_NAME, SUMixPasses, SUMixStep
 _all_ = ["CLEAN", "SUMixStep"]
 
 # %% ../../nbs/sumix/60_callback.ipynb #cd1bcc52
-def join_optimizer(
-    learn:Learner, # The Learner whose network has gained `head`
-    classifier:nn.Linear, # The layer that the head hangs in
-    head:nn.Module, # The head
-)->None:
-    "Put a head into an existing optimiser; nothing else of it changes"
+def join_optimizer(learn:Learner, classifier:nn.Linear, head:nn.Module)->None:
+    "Put the head of a classifier into an existing optimiser; nothing else of it changes"
     opt = learn.opt
     if opt is None: return
     groups = [list(group) for group in opt.param_lists]
@@ -48,10 +44,7 @@ def join_optimizer(
         for parameter in norm_bias_params(head, True): opt.state[parameter]["do_wd"] = False
 
 
-def leave_optimizer(
-    learn:Learner, # The Learner whose network has lost `head`
-    head:nn.Module, # The head
-)->None:
+def leave_optimizer(learn:Learner, head:nn.Module)->None:
     "Take a head out of an existing optimiser, its state included"
     opt, own = learn.opt, {id(parameter) for parameter in head.parameters()}
     if opt is None: return
@@ -78,7 +71,7 @@ class SUMix(Relabel):
     ):
         super().__init__(mixer, Ratio(variant, z), clean, update_bn, layer, seed, keep, off_after)
         self.passes = SUMixPasses(xi, variant, clean, update_bn, hidden, z, relabel, layer)
-        self.xi, self.variant, self.z, self.relabel, self.terms = xi, variant, z, relabel, None
+        self.terms = None
 
     name = "sumix"
     uncertainty_head = property(lambda self: self.passes.head)
@@ -127,8 +120,6 @@ def without_mixing(self:Learner):
 
 
 @patch
-def export_plain(self:Learner,
-    fname:str|Path="export.pkl", # File, relative to the path of the Learner
-)->None:
+def export_plain(self:Learner, fname:str|Path="export.pkl")->None:
     "`learn.export` of the network as it is for predictions, with no trace of how it was trained"
     with self.without_mixing(): self.export(fname)

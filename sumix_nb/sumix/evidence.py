@@ -29,10 +29,8 @@ class Evidence(NamedTuple):
     maps:Tensor|None=None # (N, C, h, w) feature maps of the clean images
     masks:Tensor|None=None # (N, 1, H, W) object masks of the clean images
 
-    def sources(self,
-        values:Tensor, # (N, ...) something of the clean images, in the order of the batch
-    )->tuple[Tensor, Tensor]: # The same of the first and of the second source of each mixture
-        "Both sources of each mixture"
+    def sources(self, values:Tensor)->tuple[Tensor, Tensor]: # All (N, ...)
+        "What the first and the second source of each mixture have of the clean batch's `values`"
         return values, values.index_select(0, self.mixed.partner)
 
 # %% ../../nbs/sumix/45_evidence.ipynb #e5ba05e0
@@ -40,9 +38,7 @@ CLEAN = ("no_grad", "concat", "separate")
 
 
 @contextmanager
-def frozen_statistics(
-    model:nn.Module, # A network in training mode
-):
+def frozen_statistics(model:nn.Module):
     "BatchNorm layers use the statistics of their batch, but do not remember them"
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     layers = [layer for layer in norms if layer.track_running_stats]
@@ -103,22 +99,16 @@ def read(self:Passes, output)->tuple[Tensor, Tensor|None]:
 
 # %% ../../nbs/sumix/45_evidence.ipynb #8a9e4478
 @patch
-def inputs(self:Passes,
-    mixed:Mixed, # What the mixer returned
-    images:Tensor, # (N, C, H, W) the clean images
-)->Tensor: # (N, C, H, W), or (2N, C, H, W) for "concat"
-    "What the network is to be called with"
+def inputs(self:Passes, mixed:Mixed, images:Tensor)->Tensor: # (N, C, H, W), or 2N for "concat"
+    "What the network is to be called with, for the mixture of the clean `images`"
     self.batch = (mixed, images)
     both = self.second and self.clean == "concat" and not mixed.untouched
     return torch.cat([mixed.images, images]) if both else mixed.images
 
 
 @patch
-def collect(self:Passes,
-    model:nn.Module, # The network
-    output, # What it made of `inputs`
-)->Evidence:
-    "The evidence of the batch, after a clean pass where one is needed"
+def collect(self:Passes, model:nn.Module, output)->Evidence:
+    "The evidence of the `output` for `inputs`, after a clean pass where one is needed"
     (mixed, images), self.batch = self.batch, None
     parts = self.read(output)
     if mixed.untouched or not self.second: return Evidence(mixed, *parts)
@@ -130,10 +120,8 @@ def collect(self:Passes,
     return Evidence(mixed, *parts, *self.read(output))
 
 # %% ../../nbs/sumix/45_evidence.ipynb #5f44ab93
-def as_mixer(
-    mixer, # A name of `MIXERS`, anything called as `mixer(images, target)`, or a list of such
-): # A mixer
-    "The mixer that is meant"
+def as_mixer(mixer):
+    "The mixer that a name of `MIXERS`, an object called as `mixer(images, target)` or a list means"
     if isinstance(mixer, (list, tuple)): return OneOf([as_mixer(one) for one in mixer])
     if isinstance(mixer, str):
         check_choice("mixer", mixer, MIXERS)

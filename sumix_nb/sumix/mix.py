@@ -26,10 +26,8 @@ from .evidence import as_mixer
 from .mixed_loss import mixed_loss
 
 # %% ../../nbs/sumix/50_mix.ipynb #5a0aa60a
-def normalisation(
-    dls, # `DataLoaders`, or anything
-)->tuple[list, list]|None: # Mean and standard deviation of each channel
-    "What the training batches are normalised with; None if nothing says it"
+def normalisation(dls)->tuple[list, list]|None: # Mean and standard deviation of each channel
+    "What the training batches of `dls` are normalised with; None if nothing says it"
     transforms = getattr(getattr(getattr(dls, "train", None), "after_batch", None), "fs", ())
     found = [transform for transform in transforms if isinstance(transform, Normalize)]
     if not found: return None
@@ -147,10 +145,8 @@ def share(self:Mix)->Tensor:
 
 # %% ../../nbs/sumix/50_mix.ipynb #1d9d6897
 @patch
-def shares(self:Mix,
-    batches:int|None=None, # The last so many; all that are remembered by default
-)->tuple[Tensor, Tensor]: # (M,) lambda and (M,) share of the label, on the Learner's device
-    "The shares that were mixed and labelled by"
+def shares(self:Mix, batches:int|None=None)->tuple[Tensor, Tensor]: # On the Learner's device
+    "(M,) lambda and (M,) share of the label, of the last `batches` or all that are remembered"
     if batches is not None: check_whole("batches", batches, 1)
     if not self.history: raise ValueError("nothing was mixed yet: `fit` first")
     last = self.history[-(batches or len(self.history)):]
@@ -158,9 +154,7 @@ def shares(self:Mix,
 
 # %% ../../nbs/sumix/50_mix.ipynb #794a9576
 @patch
-def plot_ratio(self:Mix,
-    ax=None, # Axes to draw on; a new figure by default
-): # The axes drawn on
+def plot_ratio(self:Mix, ax=None): # The axes drawn on, by default those of a new figure
     "Share of the label against lambda, for the samples of the remembered batches"
     lam, ratio = (share.float().cpu() for share in self.shares())
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), layout="constrained")[1]

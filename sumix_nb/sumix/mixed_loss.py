@@ -51,10 +51,7 @@ def per_sample_loss(
     return losses.sum(1) if loss_setting(loss_func, "reduction") == "sum" else losses.mean(1)
 
 # %% ../../nbs/sumix/30_mixed_loss.ipynb #36441257
-def label_weight(
-    loss_func:Callable, # A loss
-    target:Tensor, # Targets as for `per_sample_loss`
-)->Tensor: # (N,)
+def label_weight(loss_func:Callable, target:Tensor)->Tensor: # (N,)
     "What each sample adds to the divisor: its class weight for PyTorch's cross-entropy, else 1"
     ones = torch.ones(len(target), device=target.device)
     inner = getattr(loss_func, "func", loss_func)

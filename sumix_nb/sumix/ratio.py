@@ -75,26 +75,15 @@ class Released(Poster):
 # %% ../../nbs/sumix/10_ratio.ipynb #535ad0a7
 @patch
 def number(self:Poster, distance:Tensor, target:Tensor|None=None)->Tensor:
-    "What a distance puts into the ratio, (N,): itself"
-    return distance
-
-
-@patch
-def number(self:Released, distance:Tensor, target:Tensor)->Tensor:
-    "What a distance puts into the ratio, (N,): its entry at the label"
+    "What a distance puts into the ratio, (N,): itself, or its entry at the label"
+    if not self.by_label: return distance
     return distance.gather(1, target.clamp(0, distance.shape[1] - 1)[:, None])[:, 0]
 
-# %% ../../nbs/sumix/10_ratio.ipynb #f00bd742
+
 @patch
 def label(self:Poster, ratio:Tensor)->Tensor:
-    "Share of the first label in the loss, (N,): each sample's own ratio (SUMix poster)"
-    return ratio
-
-
-@patch
-def label(self:Released, ratio:Tensor)->Tensor:
-    "Share of the first label in the loss, (N,): the mean ratio of the batch"
-    return ratio.mean().expand_as(ratio)
+    "Share of the first label in the loss, (N,): each sample's own ratio, or the batch's mean"
+    return ratio.mean().expand_as(ratio) if self.by_label else ratio
 
 # %% ../../nbs/sumix/10_ratio.ipynb #f3c0b8a0
 VARIANTS = {"poster": Poster(), "released": Released(), "corrected": Corrected()}
@@ -112,7 +101,6 @@ def mix_ratio(
 )->Tensor: # (N,) float32 (float64 for float64 encodings), in [0, 1]
     "lambda~, the learned share of the first image (SUMix poster)"
     check_choice("variant", variant, VARIANTS)
-    check_encodings(z_mixed, z_a, z_b)
     check_finite(z_mixed=z_mixed, z_a=z_a, z_b=z_b)
     rule = VARIANTS[variant]
     if rule.by_label:

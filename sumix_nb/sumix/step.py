@@ -26,13 +26,8 @@ from .uncertainty import UncertaintyHead
 HEAD_NAME = "uncertainty"
 
 
-def keep_own_values(
-    head:UncertaintyHead, # The head that is about to load
-    state_dict:dict, # What is loaded; what it lacks is added here
-    prefix:str, # The head's name in it
-    *ignored, # What else PyTorch hands to such a hook
-)->None:
-    "Let a head load from a checkpoint that has none: it stays as it is"
+def keep_own_values(head:UncertaintyHead, state_dict:dict, prefix:str, *ignored)->None:
+    "A hook of PyTorch: a head that loads from a checkpoint without one stays as it is"
     for name, value in head.state_dict().items(): state_dict.setdefault(prefix + name, value)
 
 # %% ../../nbs/sumix/55_step.ipynb #14b813d2
@@ -94,10 +89,7 @@ def inputs(self:SUMixPasses, mixed:Mixed, images:Tensor)->Tensor:
 
 
 @patch
-def terms(self:SUMixPasses,
-    evidence:Evidence, # From `collect`
-    loss_func:Callable, # Loss to mix
-)->SUMixTerms:
+def terms(self:SUMixPasses, evidence:Evidence, loss_func:Callable)->SUMixTerms:
     "The loss of SUMix; if nothing was mixed the usual loss, with a gradient of 0 for the head"
     logits, mixed = evidence.logits, evidence.mixed
     if mixed.untouched:

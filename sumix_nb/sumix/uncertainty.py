@@ -31,9 +31,7 @@ class UncertaintyHead(nn.Module):
         for wide, narrow in zip(sizes, sizes[1:]): layers += [nn.Linear(wide, narrow), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
-    def forward(self,
-        features:Tensor, # (N, D) input of the classifier's last layer
-    )->Tensor: # (N, K)
+    def forward(self, features:Tensor)->Tensor: # (N, D), input of the classifier -> (N, K)
         "Outputs before any softmax"
         size, shape = self.layers[0].in_features, tuple(features.shape)
         if features.ndim != 2 or shape[1] != size:
@@ -41,9 +39,7 @@ class UncertaintyHead(nn.Module):
         return self.layers(features.to(self.layers[0].weight.dtype))
 
 # %% ../../nbs/sumix/20_uncertainty.ipynb #357e2fb5
-def uncertainty(
-    outputs:Tensor, # (N, K) from an `UncertaintyHead`
-)->Tensor: # (N,) in [1/sqrt(K), 1]
+def uncertainty(outputs:Tensor)->Tensor: # (N, K) -> (N,) in [1/sqrt(K), 1]
     "u = ||softmax(MLP(f))||_2, one number per sample (SUMix poster)"
     check_encodings(outputs)
     return torch.linalg.vector_norm(full_precision(outputs).softmax(1), dim=1)
@@ -59,9 +55,7 @@ def su_scale(
     return torch.exp(-(uncertainty_mixed + uncertainty_source + distance))
 
 # %% ../../nbs/sumix/20_uncertainty.ipynb #af5b83d2
-def uncertainty_vector(
-    outputs:Tensor, # (N, K) from an `UncertaintyHead`
-)->Tensor: # (N, K), each row of length 1
+def uncertainty_vector(outputs:Tensor)->Tensor: # Both (N, K); each row gets the length 1
     "The softmax of the head's outputs divided by its norm (the released beta before the sum)"
     check_encodings(outputs)
     return F.normalize(full_precision(outputs).softmax(1), dim=1)

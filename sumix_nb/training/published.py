@@ -42,10 +42,8 @@ class Published:
         return Recipe(**facts | changes)
 
 # %% ../../nbs/training/50_published.ipynb #81fbc38a
-def read_row(
-    row:dict[str, str], # A row of the file, by column
-)->Published:
-    "One training from its text"
+def read_row(row:dict[str, str])->Published:
+    "One training from its text by column"
     kinds = {kind.name: kind.type for kind in fields(Recipe) if row.get(kind.name)}
     settings = {name: row[name] if kind in (str, str | None) else json.loads(row[name])
                 for name, kind in kinds.items() if name != "mixer"}
@@ -58,9 +56,7 @@ with files("sumix_nb.training").joinpath("published.csv").open(encoding="utf-8")
     PUBLISHED = {row["name"]: read_row(row) for row in csv.DictReader(file)}
 
 # %% ../../nbs/training/50_published.ipynb #85b151a4
-def find_recipe(
-    name:str, # e.g. "cifar100-resnet18-cutmix-sumix"
-)->Published:
+def find_recipe(name:str)->Published:
     "The row of that name; `ValueError` that suggests the nearest names"
     if name in PUBLISHED: return PUBLISHED[name]
     near = difflib.get_close_matches(str(name).lower(), PUBLISHED, n=3, cutoff=0.5)

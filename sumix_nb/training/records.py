@@ -30,36 +30,28 @@ from ..checks import check_number
 from ..evaluation.calibration import calibration_error
 from ..mixers.choosing import MIXERS
 from .recipe import Recipe
-from .resume import writing_whole
+from .resume import write_whole
 
 # %% ../../nbs/training/30_records.ipynb #e7c39333
-def peak_memory(
-    device:torch.device, # Where the network was trained
-)->int|None: # Bytes; None where it is not known
-    "The most memory held so far: by tensors on a GPU, by the whole process elsewhere"
+def peak_memory(device:torch.device)->int|None:
+    "The most bytes held so far, by tensors on a GPU or by the process; None where it is not known"
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     try: from resource import RUSAGE_SELF, getrusage
     except ImportError: return None # Windows has no such module
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/training/30_records.ipynb #09400932
-def device_name(
-    device:torch.device, # Where the network was trained
-)->str: # e.g. "NVIDIA H100 80GB HBM3"
+def device_name(device:torch.device)->str:
     "What the system calls the GPU, or the processor with the number of threads"
     if device.type == "cuda": return torch.cuda.get_device_name(device)
-    try: facts = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError: facts = ""
-    found = re.search(r"model name\s*: *(.+)", facts)
+    facts = Path("/proc/cpuinfo") # Linux has this file
+    found = re.search(r"model name\s*: *(.+)", facts.read_text("utf-8") if facts.exists() else "")
     name = found[1] if found else platform.processor() or platform.machine()
     return f"{name.strip()}, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/training/30_records.ipynb #5b2c8e04
-def make_record(
-    recipe:Recipe, # The recipe
-    learn, # The `Learner` that was trained by it
-)->dict: # Ready for JSON
-    "What there is to know about a finished run"
+def make_record(recipe:Recipe, learn)->dict:
+    "What there is to know about a finished run of a `Learner`, ready for JSON"
     log, device = learn.epoch_log, next(learn.model.parameters()).device
     packages = {package: version(package) for package in ("torch", "torchvision", "fastai")}
     return {"name": recipe.name, "recipe": asdict(recipe), "accuracy": log.epochs[-1]["accuracy"],
@@ -72,42 +64,34 @@ def make_record(
 # %% ../../nbs/training/30_records.ipynb #ca38c44f
 def git_commit()->str|None: # With "+" if the tree has changes; None outside of its repository
     "The commit of the package's code"
-    def git(*words):
-        command = ["git", "-C", str(Path(sumix_nb.__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changes else "")
+    git = ["git", "-C", str(Path(sumix_nb.__file__).parent)]
+    known = ("ls-files", "--error-unmatch", "__init__.py")
+    commit = ("describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*")
+    try: found = [subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
+                  for words in (known, commit)]
     except (OSError, subprocess.CalledProcessError): return None
+    return found[1].strip()
 
 # %% ../../nbs/training/30_records.ipynb #fbea03dd
-def make_folder(
-    folder:str|Path, # Need not exist
-)->Path: # The folder
+def make_folder(folder:str|Path)->Path:
     "A folder for records; `OSError` unless files can be written there"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder): return folder
 
 
-def write_record(
-    record:dict, # From `train`
-    folder:str|Path, # Where records are kept; made if it does not exist
-)->Path: # `folder/<name>.json`
-    "Write a record atomically"
+def write_record(record:dict, folder:str|Path)->Path:
+    "Write a record to `folder/<name>.json`, whole or not at all"
     if not re.fullmatch(r"\w[\w.-]*", str(record.get("name") or "")):
         raise ValueError(f"`name` of a record must be plain, got {record.get('name')!r}")
     file = Path(folder, f"{record['name']}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with writing_whole(file, "w") as opened: json.dump(record, opened, indent=1, allow_nan=False)
+    write_whole(file, json.dumps(record, indent=1, allow_nan=False).encode())
     return file
 
 # %% ../../nbs/training/30_records.ipynb #554aca14
-def read_record(
-    file:Path, # As written by `write_record`
-)->dict: # With all fields of its recipe, also those that are younger than the file
-    "One record; `ValueError` that names a file which no run can have written under its name"
+def read_record(file:Path)->dict:
+    "One record, with all fields of its recipe; `ValueError` names a file that no run has written"
     def refuse(constant): raise ValueError(f"{constant} is not a number")
     try:
         record = json.loads(file.read_text("utf-8"), parse_constant=refuse)
@@ -119,11 +103,9 @@ def read_record(
         for facts in (record, *epochs):
             for name in ("seconds", "seconds_per_step"):
                 check_number(name, facts[name], 0, math.inf)
-        for epoch in epochs:
-            check_number("train_loss", epoch["train_loss"], -math.inf, math.inf)
-            if recipe.validate_every == 1 or epoch["accuracy"] is not None:
-                check_number("accuracy", epoch["accuracy"], 0, 1)
-        check_number("accuracy", record["accuracy"], 0, 1)
+            if facts is record or recipe.validate_every == 1 or facts["accuracy"] is not None:
+                check_number("accuracy", facts["accuracy"], 0, 1)
+        for epoch in epochs: check_number("train_loss", epoch["train_loss"], -math.inf, math.inf)
         if record["accuracy"] != epochs[-1]["accuracy"]:
             raise ValueError("its accuracy must be that of the last epoch")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -148,11 +130,8 @@ def load_records(
 SEEDS = (0, 1, 2) # Of every study
 
 
-def unrecorded(
-    recipes:list[Recipe], # Runs that are wanted
-    folder:str|Path, # Where records are kept; need not exist
-)->list[Recipe]: # In their order
-    "The runs that have no record"
+def unrecorded(recipes:list[Recipe], folder:str|Path)->list[Recipe]:
+    "The runs that have no record in a folder, which need not exist"
     return [recipe for recipe in recipes if not Path(folder, f"{recipe.name}.json").is_file()]
 
 
@@ -167,20 +146,16 @@ def records_by_seed(
     return {label: runs for label, runs in found.items() if runs}
 
 # %% ../../nbs/training/30_records.ipynb #c1f65081
-def label_of(
-    recipe:dict, # Recipe of a record
-)->str: # e.g. "CutMix + SUMix"
-    "A run's method in words"
+def label_of(recipe:dict)->str:
+    "A run's method in words, such as CutMix + SUMix, from the recipe of its record"
     if recipe["mixer"] == "none": return "plain"
     added = {"mce": "", "sumix": " + SUMix", "mce_bn": " + clean BatchNorm",
              "mce_clean": " + clean loss"}
     return MIXERS[recipe["mixer"]].__name__ + added[recipe["method"]]
 
 
-def runs_frame(
-    records:list[dict], # From `load_records`
-)->pd.DataFrame: # Indexed by the run's name; NaN where nothing was measured
-    "`label`, recipe and results of each run; `ece` is the calibration error"
+def runs_frame(records:list[dict])->pd.DataFrame:
+    "`label`, recipe and results of each run, by name; `ece` is the calibration error"
     measured = ("accuracy", "seconds", "seconds_per_step", "peak_memory", "processes", "device",
                 "commit")
     rows = [{"label": label_of(record["recipe"]), **record["recipe"],
@@ -191,9 +166,7 @@ def runs_frame(
     return frame.astype({name: "float64" for name in (*measured[:4], "ece") if len(frame)})
 
 # %% ../../nbs/training/30_records.ipynb #0d112f86
-def comparison_table(
-    records:list[dict], # Records of runs on one data set
-)->pd.DataFrame: # Indexed by method
+def comparison_table(records:list[dict])->pd.DataFrame:
     "Accuracy and seconds per step of each run, and its step against CutMix's if that was run"
     frame = runs_frame(records).set_index("label")[["accuracy", "seconds_per_step"]]
     table = pd.DataFrame({"accuracy (%)": (100 * frame.accuracy).round(1),
@@ -203,18 +176,14 @@ def comparison_table(
     return table
 
 # %% ../../nbs/training/30_records.ipynb #37aa8011
-def mean_and_spread(
-    values:list[float], # One for each seed
-)->str: # e.g. "42.0 ± 2.8"
-    "Mean and, of several values, their standard deviation"
+def mean_and_spread(values:list[float])->str:
+    "Mean and, of several values, their standard deviation, such as 42.0 ± 2.8"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def markdown(
-    frame:pd.DataFrame, # Any; its index becomes the first columns if it has names
-)->str: # A table
-    "A frame as Markdown, its text escaped"
+def markdown(frame:pd.DataFrame)->str:
+    "A frame as Markdown, its text escaped; an index with names becomes the first columns"
     if any(frame.index.names): frame = frame.reset_index()
     def cell(value):
         return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(" ".join(str(value).split())))
@@ -223,20 +192,15 @@ def markdown(
     return "\n".join([lines[0], "|---" * len(frame.columns) + "|", *lines[1:]])
 
 # %% ../../nbs/training/30_records.ipynb #f199b370
-def epochs_frame(
-    records:list[dict], # From `load_records`
-)->pd.DataFrame: # A row for each epoch of each run, in their order
-    "What was logged, after `name`, `label` and `seed` of the run; NaN where nothing was"
+def epochs_frame(records:list[dict])->pd.DataFrame:
+    "What was logged of each epoch, after `name`, `label` and `seed` of its run; else NaN"
     return pd.DataFrame([{"name": record["name"], "label": label_of(record["recipe"]),
                           "seed": record["recipe"]["seed"], **epoch}
                          for record in records for epoch in record["epochs"]])
 
 
-def plot_curves(
-    records:list[dict], # Records of runs on one data set
-    ax=None, # Axes to draw on; a new figure by default
-): # The axes drawn on
-    "Validation accuracy by epoch, of the epochs that were validated"
+def plot_curves(records:list[dict], ax=None):
+    "Axes, new ones by default, with the accuracy of the epochs that were validated"
     if ax is None: ax = plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
     for record in records:
         seen = epochs_frame([record]).dropna(subset="accuracy")

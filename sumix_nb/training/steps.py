@@ -14,6 +14,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Recorder
+from fastai.torch_core import one_param
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -24,32 +25,18 @@ class Autocast(Callback):
     "Forward passes in bfloat16 where autocast allows it, logits in float32"
     order = ChannelsLast.order + 1
 
-    def __init__(self): self.handles, self.contexts = [], []
+    def __init__(self): pass
 
     def before_fit(self):
-        "Hook the network, once"
+        "Wrap the forward pass, once"
         self.after_fit()
-        model = self.learn.model
-        self.handles = [model.register_forward_pre_hook(self.enter),
-                        model.register_forward_hook(self.leave, always_call=True)]
-
-    @torch.compiler.disable
-    def enter(self, model, inputs):
-        "Switch autocast on"
-        device = next(model.parameters()).device.type
-        self.contexts.append(torch.autocast(device, torch.bfloat16))
-        self.contexts[-1].__enter__()
-
-    @torch.compiler.disable
-    def leave(self, model, inputs, logits):
-        "Switch it off again"
-        self.contexts.pop().__exit__(None, None, None)
-        return None if logits is None else logits.float()
+        model, device = self.learn.model, one_param(self.learn.model).device.type
+        inside = torch.autocast(device, torch.bfloat16)(model.forward)
+        model.forward = lambda *inputs: inside(*inputs).float()
 
     def after_fit(self):
-        "Remove the hooks"
-        for handle in self.handles: handle.remove()
-        self.handles = []
+        "Unwrap it"
+        vars(self.learn.model).pop("forward", None)
 
 # %% ../../nbs/training/40_steps.ipynb #32513431
 class WeightAverage(Callback):
@@ -78,10 +65,8 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def exchange(self):
         "Swap the average and the network's weights"
-        for mean, tensor in zip(self.average, self.tensors(), strict=True):
-            kept = tensor.clone()
-            tensor.copy_(mean)
-            mean.copy_(kept)
+        means, self.average = self.average, [tensor.clone() for tensor in self.tensors()]
+        for mean, tensor in zip(means, self.tensors(), strict=True): tensor.copy_(mean)
         self.swapped = not self.swapped
 
     def before_validate(self): self.exchange()
@@ -89,11 +74,10 @@ class WeightAverage(Callback):
     def after_validate(self):
         if self.swapped: self.exchange()
 
-    @torch.no_grad()
     def after_fit(self):
         "Leave the average in the network"
-        if self.swapped: self.exchange()
-        for mean, tensor in zip(self.average, self.tensors(), strict=True): tensor.copy_(mean)
+        if not self.swapped: self.exchange()
+        self.swapped = False
 
 # %% ../../nbs/training/40_steps.ipynb #3f9a1c58
 class LossNumbers(Callback):
@@ -108,8 +92,7 @@ class LossNumbers(Callback):
     def after_train(self):
         "Convert the losses since the last time"
         losses = self.learn.recorder.losses
-        first = len(losses)
-        while first and isinstance(losses[first - 1], Tensor): first -= 1
+        first = next((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), len(losses))
         if first < len(losses): losses[first:] = torch.stack(losses[first:]).tolist()
 
 # %% ../../nbs/training/40_steps.ipynb #2335b322
@@ -133,10 +116,8 @@ def cosine(
     return schedule
 
 # %% ../../nbs/training/40_steps.ipynb #ffc295c9
-def no_decay(
-    model:nn.Module, # A network
-)->list[str]: # Names of parameters
-    "Parameters with at most one dimension, and those that the network lists in `no_weight_decay`"
+def no_decay(model:nn.Module)->list[str]:
+    "Names of parameters of at most one dimension, or listed in the network's `no_weight_decay`"
     named = getattr(model, "no_weight_decay", set)()
     return [name for name, parameter in model.named_parameters()
             if parameter.ndim <= 1 or name in named]

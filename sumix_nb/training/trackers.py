@@ -7,7 +7,7 @@ __all__ = ['TRACKERS', 'LogShares', 'wandb_run', 'tracking']
 
 # %% ../../nbs/training/80_trackers.ipynb #27bca1b6
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
-from fastai.torch_core import maybe_gather, rank_distrib
-from fastcore.basics import patch
+from fastai.torch_core import rank_distrib
 
 from ..checks import check_choice
 from ..sumix.mix import Mix
@@ -26,83 +25,65 @@ class LogShares(Callback):
     "Shares and terms after each epoch, beside fastai's `TensorBoardCallback` or `WandbCallback`"
     order, run_valid, only_watches = Recorder.order + 2, False, True # after theirs
 
-    def __init__(self): self.first, self.offset, self.terms = None, None, None
+    def __init__(self): self.terms = None
 
-    def before_fit(self):
-        "There must be a tracker"
-        self.offset = None
-        if not {"tensor_board", "wandb"} & vars(self.learn).keys():
+    def before_epoch(self): self.steps, self.sums, self.n = 0, 0, 0
+
+    def before_train(self):
+        "Correct the counts of `WandbCallback`, which adds a step after each batch"
+        learn, tracker = self.learn, vars(self.learn).get("wandb")
+        self.mixing = next((cb for cb in learn.cbs if isinstance(cb, Mix)), None)
+        if not {"tensor_board", "wandb"} & vars(learn).keys():
             raise ValueError("`LogShares` must stand beside a `TensorBoardCallback` or the like")
-
-    def before_train(self): self.first, self.sums, self.n = self.learn.train_iter, 0, 0
-
-    @property
-    def mix(self): return next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
+        if tracker is None: return
+        step = max(tracker._wandb_step, learn.train_iter - 1)
+        tracker._wandb_step, tracker._wandb_epoch = step, learn.epoch
 
     def after_batch(self):
         "Add the terms of SUMix's loss, if they are new"
-        terms, self.terms = self.terms, vars(self.mix or self).get("terms")
-        if self.terms is None or self.terms is terms: return
-        parts = torch.stack([self.terms.mixed_ce, self.terms.regulariser])
-        self.sums, self.n = self.sums + parts.detach(), self.n + 1
+        last, self.terms = self.terms, getattr(self.mixing, "terms", None)
+        self.steps += 1
+        if self.terms is None or self.terms is last: return
+        self.sums = self.sums + torch.stack([self.terms.mixed_ce, self.terms.regulariser])
+        self.n += 1
 
     def after_epoch(self):
-        "Write, if this was an epoch of training and something was mixed in it"
-        if self.mix is None or self.first is None: return
-        steps, self.first = self.learn.train_iter - self.first, None
-        shares = [maybe_gather(share).float().cpu().numpy() for share in self.mix.shares(steps)]
-        means = zip(("mixed_ce", "regulariser"), (self.sums / self.n).tolist() if self.n else ())
-        scalars = {"shift": float(np.abs(shares[1] - shares[0]).mean()), **dict(means)}
-        self.write(dict(zip(("lam", "ratio"), shares)), scalars)
+        "Write where a tracker is running, if this was an epoch of training and something was mixed"
+        if not self.steps or self.mixing is None: return
+        lam, ratio = (share.float().cpu().numpy() for share in self.mixing.shares(self.steps))
+        bins, histograms = np.linspace(0, 1, 41), {"lam": lam, "ratio": ratio}
+        scalars = {"shift": float(np.abs(ratio - lam).mean())}
+        if self.n: scalars |= zip(("mixed_ce", "regulariser"), (self.sums / self.n).tolist())
+        board, tracker = (vars(self.learn).get(name) for name in ("tensor_board", "wandb"))
+        if board is not None and board.run:
+            to, step = board.writer, self.learn.train_iter
+            for name, value in scalars.items(): to.add_scalar(name, value, step)
+            for name, values in histograms.items(): to.add_histogram(name, values, step, bins)
+        if tracker is not None and tracker.run:
+            import wandb
+            drawn = {name: wandb.Histogram(np_histogram=np.histogram(values, bins))
+                     for name, values in histograms.items()}
+            wandb.log(scalars | drawn, step=tracker._wandb_step)
 
-# %% ../../nbs/training/80_trackers.ipynb #09fc8303
-@patch
-def write(self:LogShares, histograms, scalars)->None:
-    "Write where a tracker is running: only in the first process"
-    board, tracker = (vars(self.learn).get(name) for name in ("tensor_board", "wandb"))
-    bins, step = np.linspace(0, 1, 41), self.learn.train_iter
-    if board is not None and board.run:
-        for name, value in scalars.items(): board.writer.add_scalar(name, value, step)
-        for name, values in histograms.items(): board.writer.add_histogram(name, values, step, bins)
-    if tracker is not None and tracker.run:
-        import wandb
-        for name, values in histograms.items():
-            scalars[name] = wandb.Histogram(np_histogram=np.histogram(values, bins))
-        wandb.log(scalars, step=tracker._wandb_step)
+# %% ../../nbs/training/80_trackers.ipynb #b7ef0bdb
+TRACKERS = ("tensorboard", "wandb")
 
-@patch
-def before_batch(self:LogShares):
-    "Correct the counts of `WandbCallback`, which adds a step after each batch"
-    tracker, done = vars(self.learn).get("wandb"), self.learn.train_iter
-    if tracker is None or not tracker.run: return
-    if self.offset is None: self.offset = max(tracker._wandb_step + 1 - done, 0)
-    tracker._wandb_step, tracker._wandb_epoch = self.offset + done - 1, done / self.learn.n_iter
-
-# %% ../../nbs/training/80_trackers.ipynb #d7a2bd0b
 @contextmanager
-def wandb_run(learn, name, config, folder):
+def wandb_run(name, config, folder):
     "A run of Weights & Biases with files in `folder/wandb`, or the one that is under way"
     import wandb
-    own, failed = wandb.run is None, True
+    own, failed, project = wandb.run is None, True, os.environ.get("WANDB_PROJECT", "sumix_nb")
     try:
-        if own:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "sumix_nb"), name=name, dir=folder,
-                       mode="disabled" if rank_distrib() > 0 else None)
+        if own: wandb.init(project=project, name=name, dir=folder)
         wandb.config.update(config, allow_val_change=True)
         if wandb.run.summary.get("epoch") is None: wandb.run.summary["epoch"] = 0 # fastai reads it
-        learn.gather_args = dict
         yield
         failed = False
     except wandb.errors.Error as error:
         advice = "Without a server: WANDB_MODE=offline"
         raise ConnectionError(f"Weights & Biases: {error} {advice}") from error
     finally:
-        vars(learn).pop("gather_args", None)
         if own: wandb.finish(int(failed))
-
-# %% ../../nbs/training/80_trackers.ipynb #b7ef0bdb
-TRACKERS = ("tensorboard", "wandb")
 
 @contextmanager
 def tracking(
@@ -110,11 +91,11 @@ def tracking(
     log:str|None, # One of `TRACKERS`; None for nothing
     name:str, # Name of the run
     config:dict, # What is known of it before it begins, for Weights & Biases
-    folder:str|Path|None=None, # Where files are written; the current folder by default
+    folder:str|Path=".", # Where files are written, an existing folder
 ):
-    "Inside, fits are shown; `ImportError` for a tracker that is missing"
+    "Inside, fits are shown, by the first process; `ImportError` for a tracker that is missing"
     check_choice("log", log, (None, *TRACKERS))
-    if log is None:
+    if log is None or rank_distrib() > 0:
         yield learn
         return
     try: module = import_module(f"fastai.callback.{log}")
@@ -122,15 +103,14 @@ def tracking(
         raise ImportError(f"{log} is missing: pip install {log}") from error
     if {"tensor_board", "wandb"} & vars(learn).keys():
         raise ValueError("`learn` must have no tracker of its own, got one that has")
-    folder = Path(folder or ".")
     if log == "wandb":
-        run = wandb_run(learn, name, config, folder)
-        callback = module.WandbCallback(log_preds=False)
-    else:
-        run, files = nullcontext(), folder / "tensorboard" / name
-        callback = module.TensorBoardCallback(files, trace_model=False, log_preds=False)
-        callback.run_valid = False
+        learn.gather_args = dict # fastai's fails
+        with wandb_run(name, config, folder):
+            with learn.added_cbs([module.WandbCallback(log_preds=False), LogShares()]): yield learn
+        return
+    board = module.TensorBoardCallback(Path(folder, "tensorboard", name), False, False)
+    board.run_valid = False
     try:
-        with run, learn.added_cbs([callback, LogShares()]): yield learn
+        with learn.added_cbs([board, LogShares()]): yield learn
     finally: # an error may have kept fastai from it
-        if "writer" in vars(callback): callback.writer.close()
+        if "writer" in vars(board): board.writer.close()

@@ -8,7 +8,6 @@ __all__ = ['ratio_curve', 'EpochLog', 'MixWithClean', 'make_mix', 'make_learner'
 # %% ../../nbs/training/20_train.ipynb #fa9efcc1
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import maybe_gather, no_random, num_distrib, rank_distrib
 from fastcore.basics import patch
+from fastcore.xtras import ContextManagers
 from torch import Tensor
 
 from ..data.loaders import get_dls
@@ -42,12 +42,8 @@ from .steps import Autocast, LossNumbers, SpareFromDecay, WeightAverage, cosine
 from .trackers import tracking
 
 # %% ../../nbs/training/20_train.ipynb #86f312d4
-def ratio_curve(
-    lam:Tensor, # (M,) shares of the mixer
-    ratio:Tensor, # (M,) lambda~ of the same samples
-    bins:int=10, # Number of bins of `lam`
-)->list[dict]: # One entry per bin that has samples
-    "Mean and 10 % and 90 % quantiles of lambda~ in bins of lambda"
+def ratio_curve(lam:Tensor, ratio:Tensor, bins:int=10)->list[dict]:
+    "Mean and 10 % and 90 % quantiles of lambda~ (M,) in the bins of lambda (M,) that have samples"
     which = (lam * bins).long().clamp(max=bins - 1)
     curve = []
     for i in which.unique().tolist():
@@ -62,9 +58,7 @@ class EpochLog(Callback):
     "One dictionary per epoch in `epochs`, and `ratio_curve` and `reliability` after the last"
     order = Recorder.order + 1
 
-    def __init__(self,
-        every:int=1, # Epochs from one validation to the next
-    ):
+    def __init__(self, every:int=1): # Epochs from one validation to the next
         self.every, self.epochs, self.ratio_curve, self.reliability = every, [], None, []
         self.seconds, self.sums, self.first = None, None, 0
 
@@ -112,12 +106,8 @@ def after_epoch(self:EpochLog):
 
 # %% ../../nbs/training/20_train.ipynb #f4225925
 class MixWithClean(Mix):
-    "A control: `Mix` that passes the clean batch, too, after the mixed one"
-    def __init__(self,
-        mixer, # As for `Mix`
-        learn_clean:bool=False, # Add the loss of the clean batch, or only let BatchNorm see it?
-        **options # Further options of `Mix`
-    ):
+    "A control: `Mix` that passes the clean batch, too, and with `learn_clean` adds its loss"
+    def __init__(self, mixer, learn_clean:bool=False, **options): # Further options of `Mix`
         super().__init__(mixer, **options)
         self.learn_clean, self.clean_images = learn_clean, None
 
@@ -128,10 +118,8 @@ class MixWithClean(Mix):
         self.clean_images = self.learn.xb[0].as_subclass(Tensor)
         super().before_batch()
 
-    def compute_loss(self,
-        logits:Tensor, # (N, K) logits of the mixed images
-    )->Tensor: # 0-d
-        "The mixed loss, and that of the clean batch"
+    def compute_loss(self, logits:Tensor)->Tensor:
+        "The mixed loss, from logits (N, K), and that of the clean batch"
         loss = super().compute_loss(logits)
         with torch.set_grad_enabled(self.learn_clean):
             clean_logits = self.learn.model(self.clean_images)
@@ -139,11 +127,8 @@ class MixWithClean(Mix):
         return loss + self.learn.loss_func(clean_logits, self.mixed.target_a)
 
 # %% ../../nbs/training/20_train.ipynb #9ec02247
-def make_mix(
-    recipe:Recipe, # What to train
-    steps:int, # Batches in an epoch
-)->list[Callback]: # One callback, or none
-    "What mixes the images of a recipe, and makes its loss"
+def make_mix(recipe:Recipe, steps:int)->list[Callback]:
+    "What mixes the images of a recipe and makes its loss, for so many steps an epoch; or nothing"
     if recipe.mixer == "none": return []
     shared = {"alpha": recipe.alpha, "per_sample": recipe.per_sample, "p": recipe.p}
     mixer = MIXERS[recipe.mixer](**shared | recipe.mixer_options)
@@ -167,7 +152,7 @@ def make_learner(
     dls = get_dls(recipe.data, path=path, device=device, workers=workers,
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
-    if recipe.channels_last: callbacks.append(ChannelsLast())
+    if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))
     if recipe.clip: callbacks.append(GradientClip(recipe.clip))
@@ -207,14 +192,13 @@ def train(
     if learn.opt is not None: raise ValueError("`learn` must be fresh, got one that was used")
     commit = git_commit()
     keepers = [] if checkpoints is None else [Checkpoint(checkpoints, recipe.name, every)]
-    bars = nullcontext if progress else learn.no_bar
-    lines = nullcontext if progress else learn.no_logging
+    silence = ContextManagers([] if progress else [learn.no_bar(), learn.no_logging()])
     fit, cbs = learn.fit_one_cycle, keepers
     if recipe.schedule != "one_cycle":
         rate = cosine(recipe.lr, recipe.epochs, recipe.min_lr, warmup=recipe.warmup,
                       by_epoch=recipe.schedule == "cosine_epoch")
         fit, cbs = learn.fit, [ParamScheduler({"lr": rate}), *keepers]
-    with bars(), lines(), tracking(learn, log, recipe.name, asdict(recipe), folder):
+    with silence, tracking(learn, log, recipe.name, asdict(recipe), folder or "."):
         with no_random(recipe.seed), distribute(learn, sync_bn):
             fit(recipe.epochs, recipe.lr, cbs=cbs)
         record = make_record(recipe, learn)
@@ -226,5 +210,5 @@ def train(
         if rank_distrib() > 0: return record
         if folder is not None:
             write_record(record, folder)
-            for keeper in keepers: keeper.remove()
+            for keeper in keepers: keeper.file.unlink()
     return record

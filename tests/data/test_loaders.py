@@ -45,12 +45,6 @@ def test_balanced_subset_is_as_equal_as_possible(target, limit, seed):
     assert all(kept[k] in (most - 1, most) or kept[k] == available[k] for k in available)
 
 
-@pytest.mark.parametrize("limit", [-1, 0])
-def test_a_subset_has_an_image(limit):
-    with pytest.raises(ValueError, match="`limit` must be at least 1"):
-        balanced_subset(torch.tensor([0, 0, 1, 1]), limit, torch.Generator())
-
-
 def test_valid_fraction_leaves_the_test_split_alone(folders):
     shutil.rmtree(folders / "test")
     def new(seed): return get_dls("cifar10", path=folders, bs=5, valid=1 / 3, seed=seed, device="cpu")
@@ -90,27 +84,23 @@ def test_one_image_in_a_class_cannot_be_held_out(folders):
 
 
 @pytest.mark.parametrize("arguments, error, text", [
-    (dict(name="cifar-10"), ValueError, "`name` must be one of ('digits', 'scenes', 'cifar10',"),
-    (dict(name=None), ValueError, "`name` must be one of"),
+    (dict(name=7), ValueError, "`name` must be one of ('digits', 'scenes', 'cifar10',"),
     (dict(bs=0), ValueError, "`bs` must be at least 1, got 0"),
-    (dict(bs=2.5), TypeError, "`bs` must be a whole number"),
     (dict(bs=True), TypeError, "`bs` must be a whole number"),
     (dict(bs=1798), ValueError, "`bs` is 1798, but there are only 1442 training images"),
     (dict(bs=11, limit=10), ValueError, "only 10 training images"),
     (dict(device="gpu"), ValueError, "`device` must be one that PyTorch finds here, got 'gpu': Expected"),
     (dict(size=0), ValueError, "`size` must be at least 1"),
-    (dict(seed=-1), ValueError, "`seed` must be in [0, 4294967295]"),
-    (dict(seed=2**70), ValueError, "`seed` must be in"),
+    (dict(seed=2**70), ValueError, "`seed` must be in [0, 4294967295]"),
     (dict(limit=0), ValueError, "`limit` must be at least 1"),
     (dict(limit=10.), TypeError, "`limit` must be a whole number"),
     (dict(limit=(5, 0)), ValueError, "`limit` must be at least 1, got 0"),
     (dict(limit=("5000", "all")), TypeError, "`limit` must be a whole number"),
     (dict(limit=(1, 2, 3)), ValueError, "`limit` must be a number or a pair (training, validation)"),
     (dict(valid="train"), ValueError, '`valid` must be "test" or a fraction'),
-    (dict(valid=0), ValueError, "between 0 and 1, got 0"),
+    (dict(valid=1.0), ValueError, "between 0 and 1, got 1.0"),
     (dict(valid=float("nan")), ValueError, "between 0 and 1"),
     (dict(valid=True), TypeError, "`valid`"),
-    (dict(valid=[0.1]), TypeError, "`valid`"),
     (dict(path="somewhere"), ValueError, "`path` has no meaning for digits"),
     (dict(view="vit"), ValueError, "`view` must be one of"),
     (dict(stats="own"), ValueError, "`stats` must be one of"),
@@ -169,22 +159,17 @@ def test_epochs_do_not_depend_on_what_came_before():
     plain, disturbed, resumed = (digits().train for _ in range(3))
     epochs = [batches(plain) for _ in range(3)]
     disturbed.one_batch()
-    assert same(epochs[0], batches(disturbed))
+    seen = []
+    for batch in disturbed:
+        seen.append(tuple(part.clone() for part in batch))
+        disturbed.one_batch()
+    assert same(epochs[0], seen) and disturbed.epoch == 1
     next(iter(disturbed))  # an epoch that ends after one batch
     disturbed.show_batch(show=False)
     batches(disturbed.new(shuffle=False, drop_last=False))
     assert same(epochs[2], batches(disturbed))
     resumed.epoch = 1
     assert same(epochs[1], batches(resumed))
-
-
-def test_looking_at_a_batch_in_the_middle_of_an_epoch_changes_nothing():
-    loader, other = (digits().train for _ in range(2))
-    expected, seen = batches(loader), []
-    for batch in other:
-        seen.append(tuple(part.clone() for part in batch))
-        other.one_batch()
-    assert same(expected, seen) and other.epoch == 1
 
 
 @pytest.mark.parametrize("n, bs", [(7, 3), (6, 3), (5, 5), (4, 1)])
@@ -230,12 +215,11 @@ def test_augmentation_reaches_training_batches_and_no_others():
     assert 0.9 < differs.float().mean() < 1.01
 
 
-@pytest.mark.parametrize("size", [1, 7, 33])
+@pytest.mark.parametrize("size", [1, 33])
 def test_size_resizes_everything(folders, size):
     write_image(folders / "train" / NAMES[3] / "wide.png", (1, 2, 3), size=(50, 20))
     dls = get_dls("cifar10", path=folders, bs=61, size=size, device="cpu")
     assert dls.one_batch()[0].shape == (61, 3, size, size)
-    assert get_dls("digits", size=size, device="cpu").valid.one_batch()[0].shape == (200, 3, size, size)
 
 
 def test_views_and_statistics_of_any_set():
@@ -269,13 +253,6 @@ def test_published_sets_from_disk_to_batch(name, tmp_path, few, monkeypatch):
     assert decoded.train_ds.images.shape[1:] == (3, source.size, source.size)
     monkeypatch.delenv("SUMIX_DATA")
     with pytest.raises(FileNotFoundError, match=f"no folder for {name}.*the set is at http"): get_dls(name)
-
-
-def test_device_argument_moves_images_and_batches():
-    dls = get_dls("digits", limit=100, device=torch.device("cpu"))
-    assert dls.device == torch.device("cpu") and dls.train_ds.images.device.type == "cpu"
-    dls.to("meta")
-    assert dls.train_ds.images.device.type == dls.valid_ds.target.device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

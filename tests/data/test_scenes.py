@@ -26,20 +26,21 @@ def test_a_seed_repeats_and_the_global_generator_is_left_alone():
         assert not torch.equal(getattr(one, name), getattr(other, name))
 
 
+def centred(turn, frequency, size):
+    "An object of each class in the middle"
+    n = len(CLASSES)
+    return draw_objects(torch.arange(n), torch.full((n, 2), 0.5), torch.full((n,), 0.4), torch.linspace(0, turn, n),
+                        torch.full((n,), frequency), torch.zeros(n, 2), size)
+
+
 def test_a_larger_size_shows_the_same_shape():
-    target = torch.arange(len(CLASSES))
-    n = len(target)
-    draws = (torch.full((n, 2), 0.5), torch.full((n,), 0.4), torch.linspace(0, 6, n), torch.ones(n), torch.zeros(n, 2))
-    small, large = (draw_objects(target, *draws, size)[0] for size in (32, 128))
+    small, large = (centred(6, 1.0, size)[0] for size in (32, 128))
     torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 4), small, rtol=0, atol=0.51)
     torch.testing.assert_close(large.mean((1, 2, 3)), small.mean((1, 2, 3)), rtol=0.06, atol=0)
 
 
 def test_texture_changes_colours_and_not_the_outline():
-    target = torch.arange(len(CLASSES))
-    n = len(target)
-    draws = (torch.full((n, 2), 0.5), torch.full((n,), 0.4), torch.zeros(n), torch.full((n,), 1.5), torch.zeros(n, 2))
-    cover, first = draw_objects(target, *draws, 48)
+    cover, first = centred(0, 1.5, 48)
     groups = cover.view(len(SHAPES), len(TEXTURES), 48, 48)
     assert (groups == groups[:, :1]).all() and (first <= cover).all()
     colors = first.view(len(SHAPES), len(TEXTURES), -1)

@@ -170,12 +170,6 @@ def test_an_image_too_large_to_trust_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="bomb.png: .*900 pixels"): open_image(tmp_path / "bomb.png")
 
 
-def test_a_pipe_is_no_image(tmp_path):
-    os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(FileNotFoundError, match="x.png .*no regular file"), at_most(20):
-        open_image(tmp_path / "x.png")
-
-
 def test_postscript_never_reaches_its_interpreter(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
@@ -223,15 +217,14 @@ def test_real_cifar100():
 
 
 def packed(root, file, top="cifar10"):
-    "An archive of a folder, and the source that knows it"
+    "The source that knows an archive of a folder"
     with tarfile.open(file, "w:gz") as tar: tar.add(root, top)
     return source_of(file)
 
 
-def source_of(file, url=None, **changes):
+def source_of(file, url=None):
     content = file.read_bytes()
-    facts = {"size": len(content), "md5": hashlib.md5(content[:2**20]).hexdigest()} | changes
-    return replace(CIFAR, url=url or file.as_uri(), archive=tuple(facts.values()))
+    return replace(CIFAR, url=url or file.as_uri(), archive=(len(content), hashlib.md5(content[:2**20]).hexdigest()))
 
 
 def test_download_from_a_server_once(folders, tmp_path, monkeypatch):
@@ -264,14 +257,6 @@ def test_archive_with_any_top_folder(folders, tmp_path, top):
     root = download(packed(folders, tmp_path / "a.tgz", top), tmp_path / "store")
     assert root == tmp_path / "store" / "cifar10" and list(list_images(root / "train")) == NAMES
     assert os.listdir(tmp_path / "store") == ["cifar10"]
-
-
-@pytest.mark.parametrize("changes", [dict(md5="0" * 32), dict(size=5)])
-def test_wrong_checksum(folders, tmp_path, changes):
-    packed(folders, tmp_path / "a.tgz")
-    with pytest.raises(ValueError, match="not the expected archive"):
-        download(source_of(tmp_path / "a.tgz", **changes), tmp_path / "store")
-    assert os.listdir(tmp_path / "store") == []
 
 
 def archive_with(file, name, kind=tarfile.REGTYPE, mode=0o644, link=""):

@@ -62,6 +62,7 @@ def test_a_batch_for_which_nothing_was_chosen_is_untouched():
 
 def test_the_package_of_mixers_exports_what_it_says_and_names_each_mixer():
     assert set(sumix_nb.mixers.__all__) == {"CutMix", "FMix", "GridMix", "MIXERS", "MixUp", "Mixed", "Mixer", "OneOf",
-                                            "ResizeMix", "SaliencyMix", "SmoothMix"}
-    assert list(MIXERS) == ["mixup", "cutmix", "fmix", "resizemix", "saliencymix", "gridmix", "smoothmix"]
+                                            "PuzzleMix", "ResizeMix", "SaliencyMix", "SmoothMix"}
+    assert list(MIXERS) == ["mixup", "cutmix", "fmix", "resizemix", "saliencymix", "gridmix", "smoothmix",
+                            "puzzlemix"]
     assert all(getattr(sumix_nb.mixers, kind.__name__) is kind for kind in MIXERS.values())

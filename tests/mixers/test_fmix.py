@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from sumix_nb.mixers.fmix import FMix, binarise, damping, low_frequency_image
+from sumix_nb.mixers.fmix import binarise, damping, low_frequency_image
 
 
 def test_damping_is_remembered_and_noise_is_checked():
@@ -19,8 +19,3 @@ def test_damping_is_remembered_and_noise_is_checked():
 
 def test_binarise_ignores_ties_and_gives_exactly_n_pixels():
     assert binarise(torch.ones(2, 4, 4), 0.3, round_up=False).sum((1, 2, 3)).tolist() == [4, 4]
-
-
-@pytest.mark.parametrize("quirk", ["yes", "no", 1, None])
-def test_a_quirk_that_is_no_bool_is_refused(quirk):
-    with pytest.raises(TypeError, match="`quirk` must be True or False, got"): FMix(quirk=quirk)

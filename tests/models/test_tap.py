@@ -7,8 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from sumix_nb.models.tap import FeatureTap, as_maps, check_classifier, find_classifier
-from sumix_nb.models.tap import logits_and_features
+from sumix_nb.models.tap import FeatureTap, as_maps, check_classifier, find_classifier, logits_and_features
 
 
 def images(n=2, size=32): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -26,11 +25,9 @@ def check_logits_and_features(model, layer, size=32, **kwargs):
 
 
 TORCHVISION = {"resnet18": "fc", "mobilenet_v3_small": "classifier.3", "shufflenet_v2_x0_5": "fc",
-               "regnet_y_400mf": "fc",
-               "convnext_tiny": "classifier.2", "alexnet": "classifier.6"}
+               "regnet_y_400mf": "fc", "convnext_tiny": "classifier.2", "alexnet": "classifier.6"}
 TIMM = {"resnet18": "fc", "deit_tiny_patch16_224": "head", "convnext_atto": "head.fc",
-        "swin_tiny_patch4_window7_224": "head.fc",
-        "mobilenetv3_small_050": "classifier"}
+        "swin_tiny_patch4_window7_224": "head.fc", "mobilenetv3_small_050": "classifier"}
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -94,8 +91,6 @@ def test_wrappers_of_compile_and_data_parallel_are_looked_through():
                     torch.compile(nn.DataParallel(model), backend="eager"),
                     nn.DataParallel(torch.compile(model, backend="eager"))):
         assert find_classifier(wrapped) is model[3]
-    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model),
-                    torch.compile(nn.DataParallel(model), backend="eager")):
         assert find_classifier(wrapped, "1") is find_classifier(wrapped, model[1]) is model[1]
 
 

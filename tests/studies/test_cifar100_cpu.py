@@ -4,12 +4,11 @@ import math
 import re
 import statistics
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
 from sumix_nb.running.grid import read_grid
-from sumix_nb.studies.cifar100_cpu import arm_of, gains, study_runs, study_table
+from sumix_nb.studies.cifar100_cpu import arm_of, gains, study_runs
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records
 from tests.conftest import ROOT
@@ -174,14 +173,3 @@ def test_pairs_saw_the_same_mixtures_on_the_same_software():
             assert all(one[name] == other[name] for name in ("device", "versions"))
             pairs += 1
     assert pairs >= 4
-
-
-def test_the_posters_numbers_are_beside_their_mixers():
-    arms = [*NAMES.values(), "GridMix"]
-    found = study_table(pd.DataFrame({arm: {0: 50.0} for arm in arms}))["poster (without, with)"]
-    assert found.to_dict() == dict.fromkeys(arms, "") | POSTER
-
-
-def test_an_arm_without_sumix_has_a_short_row():
-    table = study_table(pd.DataFrame({"plain": {0: 50.0, 1: 52.0, 2: np.nan}}))
-    assert table.T.to_dict("list") == {"plain": [2, "51.0 ± 1.4", "", "", ""]}

@@ -34,12 +34,12 @@ LOSSES = {
 }
 
 
-def make_dls(n=N, bs=8, k=K, size=6, soft=False, plain=False):
-    "Loaders of random images in a fixed order; the last batch may be short"
+def make_dls(n=N, bs=8, k=K, size=6, soft=False, plain=False, target=None):
+    "Loaders of random images, with random targets by default, in a fixed order; the last batch may be short"
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(n, 3, size, size, generator=generator)
     if soft: target = torch.randint(2, (n, k), generator=generator).float()
-    else: target = torch.randint(k, (n,), generator=generator)
+    elif target is None: target = torch.randint(k, (n,), generator=generator)
     pairs = list(zip(images, target, strict=True))
     if plain: return DataLoaders(*(torch.utils.data.DataLoader(part, bs) for part in (pairs, pairs[:12])))
     return DataLoaders(DataLoader(pairs, bs=bs, num_workers=0), DataLoader(pairs[:12], bs=8, num_workers=0),
@@ -99,14 +99,15 @@ class Fixed:
 
 
 class Spy(Callback):
-    "Keeps what each training batch looked like after the callback under test"
+    "Keeps what each training batch looked like after the callback under test, and the parts of SUMix's loss"
     order, run_valid = 8, False
     def before_fit(self): self.batches, self.gradients = [], []
     def before_batch(self): self.seen = self.learn.xb[0].detach().clone()
     def after_loss(self):
-        learn = self.learn
+        learn, mix = self.learn, next((cb for cb in self.learn.cbs if isinstance(cb, Mix)), None)
         self.batches.append(SimpleNamespace(xb=self.seen, pred=learn.pred.detach().clone(), y=learn.yb[0].clone(),
-                                            loss=learn.loss.clone(), loss_grad=learn.loss_grad.detach().clone()))
+                                            loss=learn.loss.clone(), loss_grad=learn.loss_grad.detach().clone(),
+                                            mixed=mix and mix.mixed, terms=getattr(mix, "terms", None)))
     def before_step(self):
         self.gradients.append([p.grad.clone() for p in self.learn.model.parameters() if p.grad is not None])
 

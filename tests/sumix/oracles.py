@@ -25,8 +25,9 @@ def distance(z_mixed, z, variant):
     return norm([a ** 0.5 - b ** 0.5 for a, b in zip(softmax(list(z_mixed)), softmax(list(z)), strict=True)])
 
 
-def scalar_oracle(logits_mixed, head_mixed, head, z_mixed, z, target_a, target_b, lam, partner, variant, xi):
+def scalar_oracle(logits_mixed, head_mixed, head, z_mixed, z, mixture, variant, xi):
     "(loss, lambda~, mixed cross-entropy, regulariser) of the scalar variants, in loops over samples"
+    target_a, target_b, lam, partner = mixture.target_a, mixture.target_b, mixture.lam, mixture.partner
     ratios, mixed_ce, regulariser, n = [], 0.0, 0.0, len(logits_mixed)
     for i in range(n):
         j = int(partner[i])

@@ -24,11 +24,11 @@ SCALAR = ("poster", "corrected")
 WEIGHT = torch.tensor([10.0, 1.0, 0.5, 2.0, 3.0], dtype=torch.float64)
 
 
-def with_lam(mixed, lam): return replace(mixed, lam=lam, checked=True)
+def with_lam(mixed, lam): return replace(mixed, lam=lam)
 
 
 def with_labels(mixed, change):
-    return replace(mixed, target_a=change(mixed.target_a), target_b=change(mixed.target_b), checked=True)
+    return replace(mixed, target_a=change(mixed.target_a), target_b=change(mixed.target_b))
 
 
 def test_the_method_for_plain_loops_does_not_import_fastai():
@@ -42,11 +42,9 @@ def test_the_method_for_plain_loops_does_not_import_fastai():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sumix_loss_equals_loops_over_samples_with_gradients(shape, variant):
     leaves, mixed = draw(*shape, seed=sum(shape), requires_grad=True)
-    copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    copies = logits_mixed, logits, head_mixed, head = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     got = sumix_loss(*leaves, mixed, xi=0.7, variant=variant)
-    logits_mixed, logits, head_mixed, head = copies
-    expected = scalar_oracle(logits_mixed, head_mixed, head, logits_mixed, logits, mixed.target_a, mixed.target_b,
-                             mixed.lam, mixed.partner, variant, 0.7)
+    expected = scalar_oracle(logits_mixed, head_mixed, head, logits_mixed, logits, mixed, variant, 0.7)
     for value, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
     got.loss.backward()
@@ -66,8 +64,7 @@ def test_encodings_replace_the_logits_only_in_the_distances(variant):
     z_mixed, z = (torch.randn(5, 9, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
     got = sumix_loss(*leaves, mixed, variant=variant, encodings=(z_mixed, z))
     logits_mixed, _, head_mixed, head = leaves
-    expected = scalar_oracle(logits_mixed, head_mixed, head, z_mixed, z, mixed.target_a, mixed.target_b, mixed.lam,
-                             mixed.partner, variant, 0.5)
+    expected = scalar_oracle(logits_mixed, head_mixed, head, z_mixed, z, mixed, variant, 0.5)
     for value, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
     assert not got.loss.requires_grad, "encodings are measured, not trained"
@@ -144,12 +141,6 @@ def test_logits_that_are_not_finite_are_named(bad):
         with pytest.raises(ValueError, match=f"`{name}` must be finite"): sumix_loss(*broken, mixed)
 
 
-@pytest.mark.parametrize("value", ["no", 0, None])
-def test_relabel_is_true_or_false(value):
-    leaves, mixed = draw(3, 4)
-    with pytest.raises(TypeError, match="`relabel` must be True or False"): sumix_loss(*leaves, mixed, relabel=value)
-
-
 @pytest.mark.parametrize("variant", SCALAR)
 def test_su_logits_of_single_rows_or_of_other_batches_are_refused(variant):
     (logits, _, head_mixed, head), _ = draw(3, 4)
@@ -194,10 +185,9 @@ def test_low_precision_inputs_give_a_float32_loss_close_to_that_of_their_float64
         else: torch.testing.assert_close(leaf.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_does_not_lower_the_precision_of_the_loss(dtype):
+def test_autocast_does_not_lower_the_precision_of_the_loss():
     leaves, mixed = draw(6, 8, torch.float32)
-    with torch.autocast("cpu", dtype=dtype): inside = sumix_loss(*leaves, mixed)
+    with torch.autocast("cpu", dtype=torch.bfloat16): inside = sumix_loss(*leaves, mixed)
     torch.testing.assert_close(inside, sumix_loss(*leaves, mixed))
 
 

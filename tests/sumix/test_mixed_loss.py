@@ -36,32 +36,23 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+MULTI = {"multi-label": nn.BCEWithLogitsLoss(), "multi-label, fastai": BCEWithLogitsLossFlat(),
+         "multi-label, function": F.binary_cross_entropy_with_logits,
+         "multi-label, sum": nn.BCEWithLogitsLoss(reduction="sum")}
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *MULTI])
 def test_mixed_loss_equals_the_loss_of_a_batch_with_each_row_repeated_by_its_shares(name):
-    loss_func = LOSSES[name]
-    generator = torch.Generator().manual_seed(1)
+    loss_func, generator = (LOSSES | MULTI)[name], torch.Generator().manual_seed(1)
     logits = torch.randn(7, 5, generator=generator)
     target_a, target_b = torch.tensor([0, 1, 2, 3, 4, 2, 0]), torch.tensor([2, 2, 0, 1, 4, 3, 1])
+    if name in MULTI: target_a, target_b = torch.randint(2, (2, 7, 5), generator=generator).float()
     eighths = [8, 3, 0, 5, 1, 7, 6]
     expected = repeated_loss(loss_func, logits, target_a, target_b, eighths) / (8 if "sum" in name else 1)
     got = mixed_loss(loss_func, logits, logits, target_a, target_b, torch.tensor(eighths) / 8)
     torch.testing.assert_close(got.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor), rtol=1e-5, atol=1e-6)
     if hasattr(loss_func, "reduction"):
         assert loss_func.reduction == ("sum" if "sum" in name else "mean"), "left changed"
-
-
-@pytest.mark.parametrize("loss_func", [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(),
-                                       F.binary_cross_entropy_with_logits,
-                                       nn.BCEWithLogitsLoss(reduction="sum")])
-def test_multi_label_losses_mix_row_by_row(loss_func):
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(4, 3, generator=generator)
-    target_a, target_b = (torch.randint(2, (4, 3), generator=generator).float() for _ in range(2))
-    eighths = [8, 3, 0, 5]
-    got = mixed_loss(loss_func, logits, logits, target_a, target_b, torch.tensor(eighths) / 8)
-    total = getattr(loss_func, "reduction", "mean") == "sum"
-    expected = repeated_loss(loss_func, logits, target_a, target_b, eighths) / (8 if total else 1)
-    torch.testing.assert_close(got.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor), rtol=1e-5, atol=1e-6)
 
 
 def test_soft_labels_mix_as_their_own_cross_entropies():

@@ -4,8 +4,6 @@ from functools import partial
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,37 +23,19 @@ from sumix_nb.mixers.saliencymix import SaliencyMix
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import MIXERS, label_of
 from sumix_nb.training.train import make_learner, train
-from tests.sumix.learners import fit, learner, mix_of, with_bn
+from tests.sumix.learners import K, N, Spy, fit, learner, make_dls, with_bn
 
-N, K = 24, 5
 FAMILY = [kind(per_sample=per_sample) for kind in (MixUp, CutMix, FMix, ResizeMix, SaliencyMix, GridMix, SmoothMix)
           for per_sample in (False, True)]
 FAMILY += [OneOf([CutMix(), FMix(), MixUp()], p=[0.4, 0.2, 0.2], per_sample=per_sample) for per_sample in (False, True)]
 each_mixer = pytest.mark.parametrize("mixer", [pytest.param(mixer, id=repr(mixer)) for mixer in FAMILY])
 
 
-def loaders(target):
-    "Three batches of eight random images with the given targets, as training and as validation set"
-    images = torch.randn(len(target), 3, 9, 6, generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(list(zip(images, target, strict=True)), bs=8, num_workers=0)
-    return DataLoaders(loader, loader, device=torch.device("cpu"))
-
-
-def indices(): return torch.randint(K, (N,), generator=torch.Generator().manual_seed(1))
-
-
-class Spy(Callback):
-    "Keeps logits, mixture and loss of every training batch"
-    order, run_valid = Mix.order + 1, False
-    def before_fit(self): self.batches = []
-    def after_loss(self):
-        self.batches.append((self.learn.pred.detach().as_subclass(Tensor), mix_of(self.learn).mixed, self.learn.loss))
-
-
 def run(callback, target=None, loss_func=None, epochs=1, cbs=()):
-    "Train without output; the Learner and what the spy saw"
-    spy, dls = Spy(), loaders(indices() if target is None else target)
-    return fit(learner(callback, spy, *cbs, model=with_bn(K), loss=loss_func, dls=dls), epochs), spy.batches
+    "Train without output; the Learner, and logits, mixture and loss of every training batch"
+    spy = Spy()
+    learn = fit(learner(callback, spy, *cbs, loss=loss_func, dls=make_dls(target=target)), epochs)
+    return learn, [(batch.pred, batch.mixed, batch.loss) for batch in spy.batches]
 
 
 def one_hot(target): return F.one_hot(target, K).float()
@@ -143,7 +123,7 @@ def test_mixers_learn_from_the_dataloaders_how_images_were_normalised_and_stay_a
     learn.remove_cb(callback)
     fit(learn, cbs=own)
     assert own.informed.mean == (0.1,)
-    assert normalisation(loaders(indices())) is None and normalisation(None) is None
+    assert normalisation(make_dls()) is None and normalisation(None) is None
 
 
 @pytest.mark.parametrize("kind", [Mix, *(partial(SUMix, clean=clean) for clean in CLEAN)])

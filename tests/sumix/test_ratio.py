@@ -26,7 +26,7 @@ def test_integer_and_half_precision_distances_give_a_float32_ratio():
         torch.testing.assert_close(got, torch.tensor([1 / (1 + math.exp(-1))]))
 
 
-def test_variants_are_known_by_name_and_the_distance_of_each_is_that_of_its_formula():
+def test_distances_and_labels_of_the_variants_are_those_of_their_formulas():
     assert list(VARIANTS) == ["poster", "released", "corrected"] and "paper" not in VARIANTS
     assert [rule.by_label for rule in VARIANTS.values()] == [False, True, False]
     z_mixed, z = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -41,9 +41,6 @@ def test_variants_are_known_by_name_and_the_distance_of_each_is_that_of_its_form
         wanted = torch.stack(released_vector(z_mixed[i], z[i], other[i], 4))
         torch.testing.assert_close(vector[i], wanted)
         assert VARIANTS["released"].number(vector, own)[i] == vector[i, own[i]]
-
-
-def test_the_poster_labels_by_the_sample_and_the_released_code_by_the_batch():
     ratio = torch.tensor([0.25, 0.5, 0.75, 0.0])
     assert VARIANTS["poster"].label(ratio) is ratio and VARIANTS["corrected"].label(ratio) is ratio
     assert VARIANTS["released"].label(ratio).tolist() == [0.375] * 4

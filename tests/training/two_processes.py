@@ -1,10 +1,9 @@
 "What `test_processes.py` lets two processes do, and one: run as a script by a launcher, imported by the test"
-import os
-import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
@@ -26,6 +25,7 @@ from sumix_nb.mixers.mixed import Mixed
 from sumix_nb.models.networks import get_model
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.train import make_learner, train
+from tests.training.oracles import Interrupt, Signal
 
 KINDS = ("mix", "no_grad", "concat", "separate", "corrected", "accumulated")
 BASE = Recipe(mixer="cutmix", width=4, epochs=4, bs=20, limit=101, lr=0.05)
@@ -50,13 +50,6 @@ class Steps(Callback):
     def before_fit(self): self.losses, self.images = [], []
     def before_batch(self): self.images.append(self.learn.xb[0].as_subclass(Tensor).clone())
     def after_batch(self): self.losses.append(self.learn.loss.item())
-
-
-class Fails(Callback):
-    "Interrupts after the second training step"
-    run_valid = False
-    def after_batch(self):
-        if self.learn.train_iter == 2: raise KeyboardInterrupt
 
 
 def network():
@@ -114,18 +107,10 @@ def recorded(recipe, folder):
             "reliability": record["reliability"], "recipe": asdict(recipe)}
 
 
-class Stops(Callback):
-    "Asks its process to stop, as a cluster would, after some training step"
-    run_valid, only_watches = False, True
-    def __init__(self, step): self.step = step
-    def after_batch(self):
-        if self.learn.train_iter == self.step: os.kill(os.getpid(), signal.SIGTERM)
-
-
 def resumed(recipe, folder, step, rank):
     "Weights after a training in which the process `rank` was stopped once"
     learn = make_learner(recipe, device=local_device())
-    if rank_distrib() == rank: learn.add_cb(Stops(step))
+    if rank_distrib() == rank: learn.add_cb(Signal(step))
     options = {"progress": False, "checkpoints": folder / "checkpoints"}
     error_of(Preempted, lambda: train(recipe, learn=learn, **options))
     learn = make_learner(recipe, device=local_device())
@@ -135,9 +120,8 @@ def resumed(recipe, folder, step, rank):
 
 def error_of(error, action):
     "The text of an error that must come"
-    try: action()
-    except error as found: return str(found)
-    raise AssertionError(f"no {error.__name__}")
+    with pytest.raises(error) as found: action()
+    return str(found.value)
 
 
 def refused():
@@ -147,8 +131,8 @@ def refused():
     texts = {"sync_bn": error_of(ValueError, lambda: fit(learn, sync_bn=True)),
              "bs": error_of(ValueError, lambda: fit(learner([Mix(CutMix())], bs=15))),
              "metrics": error_of(TypeError, lambda: fit(learner([Mix(CutMix())], metrics=[F1Score(average="macro")])))}
-    learn.add_cb(Fails())
-    error_of(KeyboardInterrupt, lambda: fit(learn))
+    learn.add_cb(Interrupt(2, "after_batch"))
+    error_of(RuntimeError, lambda: fit(learn))
     return texts | {"as before": learn.model is model and learn.dls.loaders == loaders
                     and "to_detach" not in vars(learn) and not hasattr(learn, "distributed")}
 

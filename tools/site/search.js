@@ -6,7 +6,7 @@
   const SAME = {
     gpu: ["gpus", "processes", "distributed"], gpus: ["gpu", "processes"], multi: ["many", "several"], off: ["off_after"],
     epochs: ["epoch"], resume: ["checkpoint", "checkpoints", "stopped"], checkpoint: ["checkpoints", "resume"],
-    install: ["installs", "pip", "clone"], vit: ["transformer", "transformers", "deit", "swin"], colab: ["notebook", "jupyterlab", "gpu"],
+    install: ["installs", "pip", "clone"], vit: ["transformer", "transformers", "deit", "swin"], colab: ["install", "quickstart"],
     lambda: ["ratio", "share"], callback: ["learner"], cli: ["shell", "sumix_train"], command: ["shell"], loss: ["cross-entropy"],
     ddp: ["processes", "distributed"], huggingface: ["hugging", "face"], notebook: ["notebooks"], dataset: ["images", "loaders"],
   };
