@@ -23,13 +23,13 @@ from sumix_nb.sumix.loss import sumix_loss
 from sumix_nb.sumix.mix import Mix, MixedAccuracy
 from sumix_nb.training.resume import Checkpoint, Preempted, read_checkpoint
 from sumix_nb.training.steps import Autocast
+from tests.conftest import LIMIT, commands
 from tests.oracles import PRECISIONS
 from tests.sumix.learners import LOSSES, WEIGHT, At, Named, digits, fit, learner, make_dls, same, throw, weights
 from tests.sumix.learners import times_in_optimizer
 from tests.sumix import two_processes
 from tests.sumix.recorded import run_iterations
 from tests.training import oracles
-from tests.training.conftest import LIMIT, commands
 from tests.training.oracles import Interrupt, Signal
 
 
