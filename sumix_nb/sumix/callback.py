@@ -71,7 +71,7 @@ class SUMix(Relabel):
     ):
         super().__init__(mixer, Ratio(variant, z), clean, update_bn, layer, seed, keep, off_after)
         self.passes = SUMixPasses(xi, variant, clean, update_bn, hidden, z, relabel, layer)
-        self.terms = None
+        self.xi, self.variant, self.z, self.relabel, self.terms = xi, variant, z, relabel, None
 
     name = "sumix"
     uncertainty_head = property(lambda self: self.passes.head)
