@@ -102,7 +102,8 @@ def test_no_warning_comes_before_a_message_and_no_bar_goes_into_a_file(tmp_path)
     assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout and done.stdout.count("\n") <= 4
 
 
-OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
+OTHERS = {"--mixup", "--cutmix", "--mixup-off-epoch", "--amp", "--torchcompile", "--resume",  # timm's
+          "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
           "--main_process_port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal",
           "--requeue", "--slow", "--logdir", "--again"}  # of accelerate, SLURM, pytest and TensorBoard
 
