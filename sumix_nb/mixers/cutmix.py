@@ -35,12 +35,7 @@ def scaled_box(
             within(col - half_width, width), within(col + half_width, width))
 
 # %% ../../nbs/mixers/20_cutmix.ipynb #028bf7ee
-def mixing_box(
-    lam:float|Tensor, # Wanted share of the first image, in [0, 1]: a number, or (N,) float64
-    height:int, # Image height H, pixels
-    width:int, # Image width W, pixels
-    center:tuple, # Box centre (row, column), pixels: two integers, or two (N,) tensors
-)->tuple: # (top, bottom, left, right), half-open, inside the image: integers, or (N,) int64 tensors
+def mixing_box(lam:float|Tensor, height:int, width:int, center:tuple)->tuple: # As `scaled_box`
     "Box of about `(1 - lam) * H * W` pixels before clipping (CutMix, Eq. 2)"
     check_shares("lam", lam)
     return scaled_box((1 - lam) ** 0.5, height, width, center)
