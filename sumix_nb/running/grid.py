@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 from ..checks import check_choice, check_number, check_whole
 from ..data.sources import SOURCES, find_root, usable_cores
 from .shell import one_line, read_recipe
+from ..stopping import handling_signals, make_folder, write_whole
 from ..training.recipe import Recipe
-from ..training.records import git_commit, make_folder, read_record, write_record
-from ..training.resume import Checkpoint, Preempted, handling_signals, write_whole
+from ..training.records import git_commit, read_record, write_record
+from ..training.resume import Checkpoint, Preempted
 from ..training.trackers import TRACKERS
 from ..training.train import train
 

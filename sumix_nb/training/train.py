@@ -32,11 +32,12 @@ from ..data.sources import SOURCES
 from ..evaluation.calibration import reliability_curve, reliability_sums
 from ..mixers.choosing import MIXERS
 from ..models.networks import begin_small, get_model
+from ..stopping import make_folder
 from ..sumix.callback import SUMix
 from ..sumix.mix import Mix
 from .processes import distribute, local_device
 from .recipe import Recipe
-from .records import git_commit, make_folder, make_record, write_record
+from .records import git_commit, make_record, write_record
 from .resume import Checkpoint
 from .steps import Autocast, LossNumbers, SpareFromDecay, WeightAverage, cosine
 from .trackers import tracking

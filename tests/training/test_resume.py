@@ -39,7 +39,7 @@ from sumix_nb.training import resume
 from sumix_nb.training import train as training
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records
-from sumix_nb.training.resume import Checkpoint, Preempted, read_checkpoint, write_whole
+from sumix_nb.training.resume import Checkpoint, Preempted, read_checkpoint
 from sumix_nb.training.state import generators, plain
 from sumix_nb.training.steps import WeightAverage
 from sumix_nb.training.train import make_learner, train
@@ -398,24 +398,6 @@ def test_a_full_disk_ends_the_training_with_one_line_and_keeps_the_last_checkpoi
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert [path.name for path in tmp_path.iterdir()] == ["run.ckpt"]
     assert read_checkpoint(tmp_path / "run.ckpt")["epoch"] == 1
-
-
-def test_file_and_folder_reach_the_disk_in_order(tmp_path, monkeypatch):
-    calls, sync, rename = [], os.fsync, os.replace
-    def synced(fd): calls.append("folder" if Path(f"/proc/self/fd/{fd}").is_dir() else "file") or sync(fd)
-    monkeypatch.setattr(resume.os, "fsync", lambda fd: synced(fd))
-    monkeypatch.setattr(resume.os, "replace", lambda *paths: calls.append("rename") or rename(*paths))
-    write_whole(tmp_path / "run.json", b"{}")
-    assert calls == ["file", "rename", "folder"]
-
-
-def test_scraps_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path, start):
-    child, dead = start(time.sleep, 2 * LIMIT), start(time.sleep, 0)
-    finish(dead)
-    stay = {f"run.json.{child.pid}.tmp", f"run2.json.{dead.pid}.tmp", "run.json.mine.tmp"}
-    for name in stay | {f"run.json.{dead.pid}.tmp"}: (tmp_path / name).touch()
-    write_whole(tmp_path / "run.json", b"{}")
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json"} | stay
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, {}), (2, {"device": "device 1"})])
