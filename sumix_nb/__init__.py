@@ -28,6 +28,8 @@ _HOMES = {
     "sumix.mix": ("Mix", "MixedAccuracy"),
     "sumix.step": ("SUMixStep",),
     "sumix.callback": ("SUMix",),
+    "sumix.automix": ("AutoMix",),
+    "sumix.adautomix": ("AdAutoMix",),
     "labels.rules": ("RULES",),
     "labels.relabel": ("Relabel",),
     "data.loaders": ("get_dls",),

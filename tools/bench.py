@@ -25,6 +25,7 @@ from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.mixers.fmix import FMix
 from sumix_nb.mixers.gridmix import GridMix, SmoothMix
 from sumix_nb.mixers.mixed import MixUp
+from sumix_nb.mixers.puzzlemix import PuzzleMix
 from sumix_nb.mixers.resizemix import ResizeMix
 from sumix_nb.mixers.saliencymix import SaliencyMix
 from sumix_nb.mixers.cutmix import box_mask, mixing_box
@@ -42,8 +43,9 @@ TV_MIXUP, TV_CUTMIX = "torchvision MixUp", "torchvision CutMix"
 GOALS = [("MixUp", TV_MIXUP, 0.8), ("CutMix", TV_CUTMIX, 0.8), ("MixUp per sample", "MixUp", 1.3),
          ("CutMix per sample", "CutMix", 1.3), ("MixUp per sample", "timm MixUp per sample", 0.25),
          ("CutMix per sample", "timm CutMix per sample", 0.25), ("FMix", TV_CUTMIX, 1.5), ("ResizeMix", TV_CUTMIX, 1.5),
-         ("GridMix", TV_CUTMIX, 1.5), ("SaliencyMix", TV_CUTMIX, 2.5)]
-ONLY_SMALL = {"SaliencyMix"}  # whose goal is for 32 pixels
+         ("GridMix", TV_CUTMIX, 1.5), ("SaliencyMix", TV_CUTMIX, 2.5), ("PuzzleMix 4 x 4", TV_MIXUP, 12),
+         ("PuzzleMix 8 x 8", TV_MIXUP, 60)]
+ONLY_SMALL = {"SaliencyMix", "PuzzleMix 4 x 4", "PuzzleMix 8 x 8"}  # whose goals are for 32 pixels
 
 
 def timm_mixer(cutmix, mode):
@@ -72,6 +74,9 @@ def methods(images, target):
              "fastai CutMix": fastai_step(fastai_mixup.CutMix(1.0), copy=True)}
     ours = {mixer.__name__ + " per sample" * per_sample: partial(mixer(per_sample=per_sample), generator=generator)
             for mixer in OURS for per_sample in (False, True)}
+    saliency = images.square().mean(1)  # the pass of a network that makes it is not timed
+    ours |= {f"PuzzleMix {b} x {b}": partial(PuzzleMix(blocks=(b,)), generator=generator, saliency=saliency)
+             for b in (4, 8)}
     return {name: partial(method, images, target) for name, method in (peers | ours).items()}
 
 

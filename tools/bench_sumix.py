@@ -23,7 +23,7 @@ LOOPS = "released arithmetic, in loops"
 LOSS_GOALS = [(f"sumix_loss, {variant}", LOOPS, 1 / 3) for variant in VARIANTS]
 HALF = "CutMix at p 0.5"
 STEP_GOALS = [("CutMix + SUMix, no_grad", "CutMix", 1.36), ("CutMix + SUMix, concat", "CutMix", 2.0),
-              (f"{HALF} + SUMix", HALF, 1.18)]
+              (f"{HALF} + SUMix", HALF, 1.18), ("AutoMix", "plain", 3.0), ("AdAutoMix", "plain", 5.0)]
 
 
 def loops_loss(logits_mixed, logits, head_mixed, head, mixed, xi=0.5):
@@ -72,8 +72,16 @@ def learners(precision, width):
     options |= {f"CutMix + SUMix, {clean}": {"method": "sumix", "clean": clean}
                 for clean in ("no_grad", "concat", "separate")}
     options |= {HALF: {"p": 0.5}, f"{HALF} + SUMix": {"p": 0.5, "method": "sumix"}}
+    options |= {"plain": {"mixer": "none"}, "AutoMix": {"mixer": "automix"}, "AdAutoMix": {"mixer": "adautomix"}}
+    options |= {"AutoMix + SUMix": {"mixer": "automix", "method": "sumix"}}
     shared = {"mixer": "cutmix", "width": width, "limit": 2 * N, "precision": precision}
-    return {name: make_learner(Recipe(**shared, **option), device="cpu") for name, option in options.items()}
+    return {name: make_learner(Recipe(**shared | option), device="cpu") for name, option in options.items()}
+
+
+def base_of(name):
+    "What a step is compared with: plain training for a mixer that learns, else CutMix"
+    if "AutoMix" in name or name == "plain": return "plain"
+    return HALF if name.startswith(HALF) else "CutMix"
 
 
 def step_seconds(learn, epochs=1):
@@ -107,7 +115,7 @@ def main(
     for precision in ("fp32", "bf16"):
         print(f"\nsteps of a ResNet-18 of width {width}, {N} x 3 x 32 x 32, {precision}, {step_rounds} rounds")
         seconds = measure_steps(learners(precision, width), step_rounds)
-        base = {name: HALF if name.startswith(HALF) else "CutMix" for name in seconds}
+        base = {name: base_of(name) for name in seconds}
         ratios = {name: round(median_ratio(seconds, name, base[name]), 3) for name in seconds}
         methods = {name: found | {"ratio": ratios[name]} for name, found in summary(seconds).items()}
         for name, found in methods.items():

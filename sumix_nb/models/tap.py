@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'FeatureTap', 'unwrap', 'named_linears', 'find_classifier', 'check_classifier', 'read_logits',
-           'logits_and_features', 'as_maps']
+           'logits_and_features', 'find_stage', 'outputs_of', 'maps_of']
 
 # %% ../../nbs/models/10_tap.ipynb #f18c50d4
 from collections.abc import Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -127,14 +128,42 @@ STAGES = {"resnet18": "layer3", "resnext50": "layer3", "wrn28_8": "block2",
           "deit_small": "blocks.5", "swin_tiny": "layers.3.downsample"}
 
 
-def as_maps(
-    output:Tensor, # (N, C, h, w), (N, 1 + h * h, C) with a class token, or (N, h, w, C)
-    channels_last:bool=False, # Is it the last of these forms?
+def find_stage(
+    model:nn.Module, # A network; wrappers are looked through
+    stage:str|None=None, # Name of the layer; by default the first of `STAGES` that it has
+)->tuple[nn.Module, int]: # The layer, and the number of channels C that it puts out
+    "The layer whose output a mask generator reads"
+    network = unwrap(model)
+    layers = dict(network.named_modules())
+    name = stage or next((name for name in STAGES.values() if name in layers), None)
+    weights = list(layers[name].parameters()) if name in layers else []
+    if weights: return layers[name], len(weights[-1])
+    raise ValueError(f"`stage` must be the name of a layer of {type(network).__name__} that puts "
+                     "out feature maps and has weights, e.g. 'layer3' of a ResNet; got "
+                     f"{stage!r}, and the network begins with {list(layers)[1:6]}")
+
+# %% ../../nbs/models/10_tap.ipynb #36cdc694
+@contextmanager
+def outputs_of(
+    layer:nn.Module, # The layer to listen to
+): # A list that gets what the layer puts out
+    "Inside, each output of a layer is kept"
+    outputs = []
+    handle = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    try: yield outputs
+    finally: handle.remove()
+
+
+def maps_of(
+    output:Tensor, # (N, C, h, w), (N, h, w, C), or (N, 1 + h * h, C) with a class token
+    channels:int, # C, from `find_stage`
 )->Tensor: # (N, C, h, w)
-    "Feature maps from what a layer of `STAGES` puts out"
-    if output.ndim == 4: return output.permute(0, 3, 1, 2) if channels_last else output
-    side = round((output.shape[1] - 1) ** 0.5)
-    if output.ndim != 3 or output.shape[1] != 1 + side * side:
-        raise ValueError("`output` must have 4 dimensions, or 3 with a class token and a square of "
-                         f"others, got {tuple(output.shape)}")
-    return output[:, 1:].mT.unflatten(2, (side, side))
+    "Feature maps from the output of a stage"
+    maps, side = output, round(max(output.shape[1] - 1, 0) ** 0.5)
+    if output.ndim == 3 and output.shape[1] == 1 + side * side:
+        maps = output[:, 1:].mT.unflatten(2, (side, side))
+    elif output.ndim == 4 and output.shape[1] != channels: maps = output.permute(0, 3, 1, 2)
+    if maps.ndim == 4 and maps.shape[1] == channels: return maps
+    raise ValueError(f"`stage` must put out maps of {channels} channels, as its last weights say, "
+                     "or a class token and a square of others, "
+                     f"got {tuple(output.shape)}")

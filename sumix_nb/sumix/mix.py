@@ -101,7 +101,8 @@ def after_pred(self:Mix):
 def check_loss(self:Mix, logits:Tensor):
     "In the first batch of a fit: is the Learner's loss the mean or sum that we would mix?"
     if self.loss_checked: return
-    target, theirs, loss_func = self.mixed.target_a, self.learn.loss.detach(), self.learn.loss_func
+    target, loss_func = self.learn.yb[0].as_subclass(Tensor), self.learn.loss_func
+    theirs = self.learn.loss.detach()
     ours = mixed_loss(loss_func, logits, logits, target, target, 1.0).detach()
     close = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 3e-2
     if not torch.allclose(ours.float(), theirs.float(), rtol=close, atol=close, equal_nan=True):
@@ -183,6 +184,14 @@ def show_mixed(self:Mix,
     return axes
 
 # %% ../../nbs/sumix/50_mix.ipynb #4508b64a
+@patch
+def right(self:Mix, prediction:Tensor)->Tensor:
+    "How much of each label of the last batch (N,) predicted classes (N,) got right"
+    mixed, share = self.last
+    first, second = prediction == mixed.target_a, prediction == mixed.target_b
+    return share * first + (1 - share) * second
+
+
 class MixedAccuracy(AvgMetric):
     "Accuracy by shares of the label; use with `Recorder(train_metrics=True)`"
     name = "mixed_accuracy"
@@ -192,10 +201,7 @@ class MixedAccuracy(AvgMetric):
         "Add a batch"
         prediction = learn.pred.argmax(-1)
         mix = next((cb for cb in learn.cbs if isinstance(cb, Mix)), None)
-        if learn.training and mix is not None:
-            mixed, ratio = mix.last
-            first, second = prediction == mixed.target_a, prediction == mixed.target_b
-            right = ratio * first + (1 - ratio) * second
+        if learn.training and mix is not None: right = mix.right(prediction)
         else: right = (prediction == learn.y).float()
         self.total += right.sum().item()
         self.count += len(prediction)

@@ -12,14 +12,14 @@ import json
 from dataclasses import dataclass, fields
 from importlib.resources import files
 
-from .recipe import CHOICES, Recipe
+from .recipe import Recipe
 
 # %% ../../nbs/training/50_published.ipynb #622cfd69
 @dataclass(frozen=True)
 class Published:
     "One training behind the poster's tables"
     name:str # As for `sumix_train --recipe`
-    mixer:str # What mixed the images; some of them this package does not have
+    mixer:str # What mixed the images
     table:str # Table of the poster; "1;4" for a model that Table 4 evaluates, too
     figure:float # Top-1 accuracy on the poster, percent
     status:str # "config", "config-edit", "config-broken" or "inferred"
@@ -33,9 +33,7 @@ class Published:
         seed:int=0, # Seed of the run
         **changes # Other values for fields of `Recipe`; a warm-up keeps its share of the epochs
     )->Recipe:
-        "The recipe; `ValueError` for a mixer that this package does not have"
-        if self.mixer not in CHOICES["mixer"]:
-            raise ValueError(f"this package has no `mixer` {self.mixer!r} to run {self.name} with")
+        "The recipe of a run"
         facts = self.settings | {"mixer": self.mixer, "seed": seed}
         if "epochs" in changes and "warmup" in facts:
             facts["warmup"] = facts["warmup"] * changes["epochs"] / facts["epochs"]

@@ -29,6 +29,7 @@ from ..checks import check_number
 from ..evaluation.calibration import calibration_error
 from ..mixers.choosing import MIXERS
 from ..stopping import write_whole
+from ..sumix.adautomix import LEARNED
 from .recipe import Recipe
 
 # %% ../../nbs/training/30_records.ipynb #e7c39333
@@ -143,7 +144,7 @@ def label_of(recipe:dict)->str:
     if recipe["mixer"] == "none": return "plain"
     added = {"mce": "", "sumix": " + SUMix", "mce_bn": " + clean BatchNorm",
              "mce_clean": " + clean loss"}
-    return MIXERS[recipe["mixer"]].__name__ + added[recipe["method"]]
+    return (MIXERS | LEARNED)[recipe["mixer"]].__name__ + added[recipe["method"]]
 
 
 def runs_frame(records:list[dict])->pd.DataFrame:

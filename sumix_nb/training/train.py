@@ -33,6 +33,7 @@ from ..evaluation.calibration import reliability_curve, reliability_sums
 from ..mixers.choosing import MIXERS
 from ..models.networks import begin_small, get_model
 from ..stopping import make_folder
+from ..sumix.adautomix import LEARNED
 from ..sumix.callback import SUMix
 from ..sumix.mix import Mix
 from .processes import distribute, local_device
@@ -102,7 +103,7 @@ def after_epoch(self:EpochLog):
         lam, ratio = (maybe_gather(share).float().cpu() for share in mix.shares(steps))
         log |= {"lam": lam.mean().item(), "ratio": ratio.mean().item(),
                 "shift": (ratio - lam).abs().mean().item()}
-        if isinstance(mix, SUMix): self.ratio_curve = ratio_curve(lam, ratio)
+        if hasattr(mix, "uncertainty_head"): self.ratio_curve = ratio_curve(lam, ratio)
     self.epochs.append(log)
 
 # %% ../../nbs/training/20_train.ipynb #f4225925
@@ -131,6 +132,10 @@ class MixWithClean(Mix):
 def make_mix(recipe:Recipe, steps:int)->list[Callback]:
     "What mixes the images of a recipe and makes its loss, for so many steps an epoch; or nothing"
     if recipe.mixer == "none": return []
+    if recipe.mixer in LEARNED:
+        names = ("alpha", "method", "xi", "variant", "seed")
+        options = {name: getattr(recipe, name) for name in names} | recipe.mixer_options
+        return [LEARNED[recipe.mixer](keep=steps, **options)]
     shared = {"alpha": recipe.alpha, "per_sample": recipe.per_sample, "p": recipe.p}
     mixer = MIXERS[recipe.mixer](**shared | recipe.mixer_options)
     options = {"seed": recipe.seed, "keep": steps, "off_after": recipe.off_after}
@@ -166,11 +171,12 @@ def make_learner(
     sgd = partial(SGD, mom=recipe.momentum, decouple_wd=False)
     adamw = partial(Adam, mom=recipe.momentum, sqr_mom=0.999, eps=1e-8)
     with no_random(recipe.seed):
-        learn = Learner(dls, model, cbs=[*callbacks, *make_mix(recipe, len(dls.train))],
+        mix = make_mix(recipe, len(dls.train))
+        learn = Learner(dls, model, cbs=[*callbacks, *mix],
                         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.smoothing),
                         opt_func=sgd if recipe.optimizer == "sgd" else adamw, metrics=accuracy,
                         wd=recipe.weight_decay, wd_bn_bias=True, moms=(recipe.momentum,) * 3)
-        if recipe.pretrained and recipe.method == "sumix": begin_small(learn.sumix.uncertainty_head)
+        if recipe.pretrained and recipe.method == "sumix": begin_small(mix[0].uncertainty_head)
     return learn
 
 # %% ../../nbs/training/20_train.ipynb #5fbdf691

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import sumix_nb.models.networks
 from sumix_nb.models.networks import MODELS, RESNETS, get_model
-from sumix_nb.models.tap import STAGES, as_maps, find_classifier, logits_and_features
+from sumix_nb.models.tap import STAGES, find_classifier, find_stage, logits_and_features, maps_of, outputs_of
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.train import make_learner
 
@@ -46,11 +46,11 @@ def test_every_network_is_narrow_on_request_trains_and_shows_features_and_maps(n
     F.cross_entropy(logits, target).backward()
     missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not missing
-    seen = []
-    model.get_submodule(STAGES[name]).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    model.eval()(x)
-    maps = as_maps(seen[0], channels_last=name == "swin_tiny")
-    assert maps.ndim == 4 and maps.shape[2] == maps.shape[3] and maps.shape[0] == 4
+    layer, channels = find_stage(model)
+    with outputs_of(layer) as outputs: model.eval()(x)
+    maps = maps_of(outputs[0], channels)
+    assert layer is model.get_submodule(STAGES[name]) and not layer._forward_hooks
+    assert maps.shape == (4, channels, maps.shape[2], maps.shape[2])
 
 
 @pytest.mark.parametrize("name", RESNETS)

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from sumix_nb.models.tap import FeatureTap, as_maps, check_classifier, find_classifier, logits_and_features
+from sumix_nb.models.tap import FeatureTap, check_classifier, find_classifier, find_stage, logits_and_features, maps_of
 
 
 def images(n=2, size=32): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -118,8 +118,21 @@ def test_outputs_that_do_not_come_from_the_layer_are_refused():
 
 def test_tokens_become_maps_row_by_row():
     tokens = torch.arange(2 * 10 * 3.0).view(2, 10, 3)
-    maps = as_maps(tokens)
+    maps = maps_of(tokens, 3)
     for row in range(3):
         for col in range(3): assert torch.equal(maps[:, :, row, col], tokens[:, 1 + 3 * row + col])
     last = torch.rand(2, 4, 5, 3)
-    assert torch.equal(as_maps(last, channels_last=True)[1, 2], last[1, :, :, 2]) and as_maps(last) is last
+    assert torch.equal(maps_of(last, 3)[1, 2], last[1, :, :, 2]) and maps_of(last, 4) is last
+
+
+@pytest.mark.parametrize("stage", ["layer9", "relu", "maxpool"])
+def test_a_wrong_stage_is_an_error_that_names_it(stage):
+    with pytest.raises(ValueError, match=f"`stage`.*{stage}"): find_stage(torchvision.models.resnet18(), stage)
+
+
+def test_a_network_without_a_known_stage_asks_for_one():
+    with pytest.raises(ValueError, match="`stage`"): find_stage(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2)))
+
+
+def test_maps_of_other_channels_are_an_error():
+    with pytest.raises(ValueError, match="`stage`.*4 channels"): maps_of(torch.zeros(2, 8, 3, 3), 4)

@@ -24,7 +24,7 @@ bench_sumix = load("bench_sumix")
 
 
 def test_every_method_and_step_runs_and_none_changes_the_batch_of_the_others():
-    images, target = bench.batch((4, 3, 16, 12))
+    images, target = bench.batch((4, 3, 32, 16))
     kept, kept_target = images.clone(), target.clone()
     for functions in (bench.methods(images, target), bench.parts(images, target)):
         for name, function in functions.items():
@@ -33,7 +33,7 @@ def test_every_method_and_step_runs_and_none_changes_the_batch_of_the_others():
 
 
 def test_goals_name_methods_that_are_measured():
-    names = set(bench.methods(*bench.batch((4, 3, 16, 12))))
+    names = set(bench.methods(*bench.batch((4, 3, 32, 16))))
     assert {name for goal in bench.GOALS for name in goal[:2]} <= names
     assert {kind.__name__ for kind in bench.OURS} | {kind.__name__ + " per sample" for kind in bench.OURS} <= names
 

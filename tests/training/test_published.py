@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from sumix_nb.training.published import PUBLISHED
-from sumix_nb.training.recipe import CHOICES
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import GOLDEN
 
@@ -13,8 +12,7 @@ SPEC = GOLDEN.parent / "spec"
 NAMES = {"CIFAR-100": "cifar100", "Tiny-ImageNet": "tiny_imagenet", "ImageNet-1K": "imagenet", "CUB-200": "cub200",
          "FGVC-Aircraft": "aircraft", "ResNet18": "resnet18", "ResNeXt50": "resnext50", "WRN-28-8": "wrn28_8",
          "DeiT-S": "deit_small", "Swin-T": "swin_tiny"}
-RUNNABLE = [name for name, row in PUBLISHED.items() if row.mixer in CHOICES["mixer"]]
-SETUPS = [name.removesuffix("-cutmix") for name in RUNNABLE if name.endswith("-cutmix")]
+WHOLE = [name for name, row in PUBLISHED.items() if name.endswith("-cutmix-sumix") or row.mixer.endswith("automix")]
 SIZES = {"resnet18": (4, 32), "resnext50": (16, 32), "wrn28_8": (4, 16), "deit_small": (64, 32), "swin_tiny": (32, 32)}
 
 
@@ -69,8 +67,8 @@ def test_views_match_the_augmentation_in_words():
     for name, row in table("recipes.csv"): assert words[PUBLISHED[name].settings["view"]] in row["train_aug"], name
 
 
-CASES = [(name, False) for name in RUNNABLE if "18-" in name and "100" in name or "cutmix" in name]
-CASES += [pytest.param(f"{setup}-cutmix-sumix", True, marks=pytest.mark.slow) for setup in SETUPS]
+CASES = [(name, False) for name in PUBLISHED]
+CASES += [pytest.param(name, True, marks=pytest.mark.slow) for name in WHOLE]
 
 
 @pytest.mark.parametrize(("name", "full"), CASES)

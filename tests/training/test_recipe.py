@@ -10,6 +10,7 @@ from sumix_nb.data.files import VIEWS
 from sumix_nb.data.loaders import STATS
 from sumix_nb.data.sources import SOURCES
 from sumix_nb.models.networks import MODELS
+from sumix_nb.sumix.adautomix import LEARNED
 from sumix_nb.sumix.callback import CLEAN
 from sumix_nb.sumix.ratio import VARIANTS
 from sumix_nb.training.recipe import CHOICES, RANGES, WHOLE, Recipe
@@ -31,6 +32,15 @@ def test_a_value_that_cannot_be_run_is_named(field, value):
     *((field, value) for field, kind in asdict(Recipe()).items() if isinstance(kind, bool) for value in (1, "yes"))])
 def test_a_value_of_another_type_is_named(field, value):
     with pytest.raises(TypeError, match=f"`{field}` must"): Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("method", "mce_bn"), ("method", "mce_clean"), ("per_sample", True), ("p", 0.5), ("off_after", 0.5), ("ema", 0.9),
+    ("clean", "concat"), ("update_bn", False), ("z", "features"), ("relabel", False)])
+def test_a_mixer_that_learns_refuses_what_it_has_no_use_for(field, value):
+    for mixer in LEARNED:
+        with pytest.raises(ValueError, match=f"`{field}` must be .* learns .{mixer}.*got {value!r}"):
+            Recipe(mixer=mixer, **{field: value})
 
 
 def test_the_name_depends_on_every_field():
@@ -60,7 +70,7 @@ def test_a_recipe_survives_json():
 
 def test_the_words_are_those_of_the_registries():
     registries = {"data": SOURCES, "view": (None, "crop", *VIEWS), "stats": (None, *STATS), "model": MODELS,
-                  "mixer": ("none", *MIXERS), "variant": VARIANTS, "clean": CLEAN}
+                  "mixer": ("none", *MIXERS, *LEARNED), "variant": VARIANTS, "clean": CLEAN}
     for name, registry in registries.items(): assert set(CHOICES[name]) == set(registry), name
 
 

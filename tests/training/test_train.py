@@ -8,9 +8,10 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
+from sumix_nb.sumix.adautomix import LEARNED
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.training.recipe import CHOICES, Recipe
-from sumix_nb.training.records import load_records
+from sumix_nb.training.records import label_of, load_records
 from sumix_nb.training.train import make_learner, train
 from tests.conftest import ROOT
 
@@ -76,6 +77,25 @@ def test_every_variant_trains_in_bf16(variant, clean):
 def without_clocks(record):
     "What was logged, but for seconds"
     return [{key: value for key, value in epoch.items() if "seconds" not in key} for epoch in record["epochs"]]
+
+
+@pytest.mark.parametrize("method", ["mce", "sumix"])
+@pytest.mark.parametrize("mixer", LEARNED)
+def test_a_mixer_that_learns_runs_by_a_recipe_and_the_teacher_is_recorded(mixer, method):
+    options = {"alpha": 0.7, "precision": "bf16", "mixer_options": {"base": 0.5, "end": 0.9}}
+    recipe = replace(TINY, mixer=mixer, method=method, xi=0.3, seed=3, **options)
+    learn = make_learner(recipe)
+    record, mix = train(recipe, progress=False, learn=learn), getattr(learn, mixer)
+    assert (mix.alpha, mix.method, mix.xi, mix.seed, mix.base, mix.keep) == (0.7, method, 0.3, 3, 0.5, 4)
+    epoch, star = record["epochs"][-1], method == "sumix"
+    assert all(torch.tensor(value).isfinite() for value in epoch.values())
+    assert (record["ratio_curve"] is not None) == star == (epoch["shift"] > 0)
+    assert label_of(record["recipe"]) == LEARNED[mixer].__name__ + " + SUMix" * star
+    with learn.no_bar():
+        assert learn.validate()[1] == pytest.approx(record["accuracy"])
+        mix.report = "student"
+        assert learn.validate()[0] != epoch["valid_loss"]
+    assert without_clocks(train(recipe, progress=False)) == without_clocks(record)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixer": "cutmix", "method": "sumix", "ema": 0.9}])
