@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself and installs nothing twice. Variables: PYTHON, DATA, DATA_DIR, OUT.
 PYTHON ?= python3
-DATA ?= digits
+DATA ?= scenes
 BIN := .venv/bin
 READY := .venv/.installed
 # Freed memory stays in the process: large batches are not mapped and faulted anew at each step
@@ -23,7 +23,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,models,dist,grid,track]'
 	@touch $@
 
-demo: $(READY) ## Train plain, CutMix and CutMix + SUMix; DATA=cifar100 DATA_DIR=... for other images
+demo: $(READY) ## CutMix with and without SUMix, and how wrong their labels are; DATA=digits, or DATA=cifar100 DATA_DIR=...
 	@$(BIN)/python tools/demo.py --data $(DATA) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks executed, docs current, pytest
@@ -45,7 +45,7 @@ export: $(READY) ## Write sumix_nb/ from the notebooks and clean them
 
 docs: export ## Build docs/ and README.md, and check links, anchors, maths and that nothing asks the network
 	PYTHONWARNINGS=ignore $(BIN)/python tools/build_docs.py
-	$(BIN)/pytest -q tests/test_docs.py
+	$(BIN)/pytest -q tests/tools/test_docs.py
 
 lab: $(READY) ## Open JupyterLab in the environment
 	$(BIN)/jupyter lab nbs

@@ -9,7 +9,9 @@ Everything is built in a temporary folder: a build that fails changes nothing in
 """
 import argparse
 import ast
+import base64
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -21,6 +23,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
 from smalldocs.config import as_list, glob_match, load
 from smalldocs.layout import SiteNav
 from smalldocs.site import SCHEME, Site
@@ -306,7 +309,18 @@ def drop_empty_sections(site):
 
 # What may be wider than the page and scrolls within itself: Tab must reach it
 SCROLLS = re.compile(r'<(pre|div|span)((?<=pre)>|(?<=pre) class=| class="(?:sd-table|cell-output|math display)\b)')
+# Menus by the start of their tag, and what a screen reader calls them
+MENUS = {'<nav class="navbar ': "Site", '<nav class="quarto-secondary-nav"': "Where you are",
+         '<nav id="quarto-sidebar"': "Pages", '<nav class="page-navigation"': "Next and previous page"}
+STRIP = 3.5  # From this ratio of width to height on, a figure scrolls on a telephone instead of shrinking
+FIGURE = re.compile(r'<img (?=[^>]*src="data:image/(?:png|jpeg);base64,([^"]*)")')
 SKIP_LINK = '<a class="skip-link" href="#quarto-document-content">Skip to the content</a>'
+
+
+def figure_class(image):
+    "The start of the tag of an embedded figure, with a class if it is a strip of pictures"
+    width, height = Image.open(io.BytesIO(base64.b64decode(image[1]))).size
+    return '<img class="strip" ' if width >= STRIP * height else image[0]
 
 
 def finish_page(page, up):
@@ -316,7 +330,8 @@ def finish_page(page, up):
     page = re.sub(r"(<body[^>]*>)", rf"\1\n{SKIP_LINK}", page, count=1)
     toggle = re.compile(r'(<a class="sidebar-item-toggle[^>]*) role="navigation"')
     page = toggle.sub(r'\1 role="button" tabindex="0"', page)
-    return SCROLLS.sub(r'<\1 tabindex="0"\2', page)
+    for start, name in MENUS.items(): page = page.replace(start, start.replace("<nav ", f'<nav aria-label="{name}" '))
+    return SCROLLS.sub(r'<\1 tabindex="0"\2', FIGURE.sub(figure_class, page))
 
 
 def plain_search(entries):

@@ -11,7 +11,7 @@ import random
 from numbers import Real
 from pathlib import Path
 
-import fastai.vision.learner  # noqa: F401 (teaches `show_batch` and `show_results` about images)
+import fastai.vision.learner # teaches `show_batch` and `show_results` about images
 import numpy as np
 import psutil
 import torch

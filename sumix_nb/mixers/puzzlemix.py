@@ -19,12 +19,11 @@ from torch.nn import functional as F
 
 from ..checks import can_look, check_batch, check_flag, check_number, check_whole
 from .blocks import block_shares, choice_costs, gradient_saliency, seam_differences
-from .energy import grid_energy  # noqa: F401 (used below, under `_all_`)
-from .energy import MOST_STATES, solve_grid
+from .energy import MOST_STATES, grid_energy, solve_grid
 from .mixed import Mixed, Mixer, blend_, is_channels_last, take_images
 from .saliency import check_statistics
 
-_all_ = ["grid_energy", "solve_grid"]
+_all_ = [grid_energy, solve_grid]
 
 # %% ../../nbs/mixers/65_puzzlemix.ipynb #6d028e2d
 @torch.no_grad()

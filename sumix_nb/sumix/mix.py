@@ -6,8 +6,7 @@
 __all__ = ['normalisation', 'Mix', 'MixedAccuracy']
 
 # %% ../../nbs/sumix/50_mix.ipynb #cd912231
-import fastai.callback.progress  # noqa: F401 (teaches `Learner` `no_bar`)
-import fastai.callback.schedule  # noqa: F401 (teaches `Learner` `fit_one_cycle`)
+import fastai.callback.schedule # teaches `Learner` `fit_one_cycle`
 import matplotlib.pyplot as plt
 import torch
 from fastai.callback.core import Callback
@@ -176,7 +175,9 @@ def show_mixed(self:Mix,
     if decode is not None: images = decode.decode((TensorImage(images),))[0]
     else: images = (images - images.amin()) / (images.amax() - images.amin())
     if not images.is_floating_point(): images = images / 255
-    if axes is None: axes = plt.subplots(1, len(images), figsize=(8, 1.9), squeeze=False)[1][0]
+    if axes is None:
+        figure = plt.figure(figsize=(8, 1.9), layout="constrained")
+        axes = figure.subplots(1, len(images), squeeze=False)[0]
     for ax, image, area, share in zip(axes, images.cpu(), lam.tolist(), ratio.tolist()):
         ax.imshow(image.permute(1, 2, 0).clip(0, 1), interpolation="nearest")
         ax.set_title(f"λ {area:.2f}" + ("" if ratio is lam else f", λ~ {share:.2f}"), fontsize=8)

@@ -9,7 +9,6 @@ __all__ = ['local_device', 'own_order', 'share', 'Distributed', 'distribute', 'l
 from contextlib import contextmanager
 from functools import partial
 
-import fastai.callback.progress  # noqa: F401 (teaches `Learner` `no_bar`)
 import numpy as np
 import torch
 from fastai.callback.core import Callback

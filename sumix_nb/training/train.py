@@ -12,7 +12,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import fastai.callback.progress  # noqa: F401 (teaches `Learner` `no_bar`)
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelValidException

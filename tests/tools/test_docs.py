@@ -2,7 +2,9 @@
 
 Each check is a function from a folder to a list of problems, so that it can be shown to find them: see the second half.
 """
+import base64
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -11,7 +13,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -204,6 +209,32 @@ def notebook_problems(folder):
     return problems
 
 
+DRAWS_MIXTURES = re.compile(r"(?=.*mix)(?=.*(?:show_images|show_mixed|imshow|gallery)\()", re.DOTALL | re.IGNORECASE)
+
+
+def panel_widths(picture):
+    "Widths of the panels of a figure, connected regions that are larger than letters and marks, pixels"
+    ink = np.asarray(picture.convert("L")) < 200
+    regions = ndimage.find_objects(ndimage.label(ink, np.ones((3, 3)))[0])
+    sizes = [[part.stop - part.start for part in region] for region in regions]
+    return [width for height, width in sizes if min(height, width) >= 40]
+
+
+def small_mixtures(folder):
+    "Figures of mixtures in which a picture is less than 96 pixels wide"
+    problems = []
+    for path in sorted(folder.rglob("[!.]*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if not DRAWS_MIXTURES.match("".join(cell["source"])): continue
+            for output in cell.get("outputs", []):
+                for kind, data in output.get("data", {}).items():
+                    if not re.fullmatch("image/(png|jpeg)", kind): continue
+                    picture = Image.open(io.BytesIO(base64.b64decode("".join(data))))
+                    least = min(panel_widths(picture), default=96)
+                    if least < 96: problems.append(f"{path.relative_to(folder)}: a picture {least} pixels wide")
+    return problems
+
+
 def broken_readme_links(root):
     "Links and figures of the README that are no files of the repository"
     text = re.sub(r"```.*?```", "", (root / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -252,6 +283,9 @@ def test_readme_shows_nothing_of_this_machine():
 
 
 def test_notebooks(): assert notebook_problems(ROOT / "nbs") == []
+
+
+def test_mixtures_can_be_seen(): assert small_mixtures(ROOT / "nbs") == []
 
 
 def test_every_page_can_be_used_without_a_mouse(docs):
@@ -371,6 +405,17 @@ def test_notebook_problem_is_found(tmp_path, output, message):
     assert notebook_problems(tmp_path) == []
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [{**cell, "outputs": [output]}]}), encoding="utf-8")
     assert len(problems := notebook_problems(tmp_path)) == 1 and message in problems[0]
+
+
+@pytest.mark.parametrize("width", [95, 96])
+def test_small_mixture_is_found(tmp_path, width):
+    picture, data = Image.new("RGB", (230, 150), "white"), io.BytesIO()
+    for left in (5, 115): ImageDraw.Draw(picture).rectangle((left, 30, left + width - 1, 140), outline="black")
+    picture.save(data, "PNG")
+    output = {"output_type": "display_data", "data": {"image/png": base64.b64encode(data.getvalue()).decode()}}
+    cell = {"cell_type": "code", "source": ["show_images(mixed.images)"], "outputs": [output]}
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}), encoding="utf-8")
+    assert len(small_mixtures(tmp_path)) == (width < 96)
 
 
 def test_broken_readme_link_is_found(tmp_path):

@@ -1,7 +1,5 @@
-"Runs: what is logged, what is skipped, which batches a method sees, and the demo"
+"Runs: what is logged, what is skipped, and which batches a method sees"
 import gc
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,9 +9,8 @@ from fastai.callback.core import Callback, CancelFitException
 from sumix_nb.sumix.adautomix import LEARNED
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.training.recipe import CHOICES, Recipe
-from sumix_nb.training.records import label_of, load_records
+from sumix_nb.training.records import label_of
 from sumix_nb.training.train import make_learner, train
-from tests.conftest import ROOT
 
 TINY = Recipe(width=4, epochs=1, bs=50, limit=200, lr=0.02)
 
@@ -151,10 +148,3 @@ def test_no_step_leaves_a_tensor_behind(method):
     with learn.no_bar(), learn.no_logging(): learn.fit(50, 0.01)
     assert counter.alive[200] <= counter.alive[40] + 5, counter.alive
     assert len(learn.recorder.losses) == 199 and all(isinstance(loss, float) for loss in learn.recorder.losses)
-
-
-def test_the_demo_writes_table_records_and_figure(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--epochs", "1", "--out", str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert (tmp_path / "digits.png").stat().st_size > 10_000 and len(load_records(tmp_path)) == 3
-    assert output.rstrip().endswith("digits.png") and "x CutMix" in output and "CutMix + SUMix" in output
