@@ -26,12 +26,11 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY) ## CutMix with and without SUMix, and how wrong their labels are; DATA=digits, or DATA=cifar100 DATA_DIR=...
 	@$(BIN)/python tools/demo.py --data $(DATA) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
-test: $(READY) ## Every check: export in sync, notebooks clean, lint, notebooks executed, docs current, pytest
+test: $(READY) ## Every check: export in sync, notebooks clean, lint, docs current, pytest, which runs the pages too
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/check_sync.py
 	$(BIN)/ruff check --quiet .
-	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python tools/build_docs.py --check
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 check: docs test ## Bring library, notebooks and docs up to date, then `test`
 

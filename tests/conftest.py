@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # tests run in two processes on two cores
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("SUMIX_GOLDEN", ROOT.parent / "shared" / "golden"))
 CONTEXT, SERVER = multiprocessing.get_context("forkserver"), multiprocessing.forkserver._forkserver
-CONTEXT.set_forkserver_preload(["sumix_nb.running.grid"])
+CONTEXT.set_forkserver_preload(["sumix_nb.running.grid", "matplotlib.pyplot", "nbdev.test"])
 LIMIT = 300  # seconds after which something hangs: nothing that is tested here takes so long
 
 
