@@ -68,10 +68,11 @@ def test_imagenet_weights_fill_all_but_the_classifier(name, monkeypatch):
         if key.startswith("fc."):
             assert value.shape[0] == 5 and (not value.any() if key == "fc.bias" else 0.008 < value.std() < 0.012)
         else: assert torch.equal(value, published.state_dict()[key])
-    recipe = Recipe(model=name, width=64, stem="standard", pretrained=True, mixer="cutmix", method="sumix", limit=20,
-                    bs=10)
-    head = make_learner(recipe, device="cpu").sumix.uncertainty_head.layers[0]
-    assert 0.008 < head.weight.std() < 0.012 and not head.bias.any()
+    for mixer, callback in (("cutmix", "sumix"), ("automix", "automix")):
+        recipe = Recipe(model=name, width=64, stem="standard", pretrained=True, mixer=mixer, method="sumix", limit=20,
+                        bs=10)
+        head = getattr(make_learner(recipe, device="cpu"), callback).uncertainty_head.layers[0]
+        assert 0.008 < head.weight.std() < 0.012 and not head.bias.any()
     with pytest.raises(ValueError, match="`pretrained` needs the published width"): get_model(name, 5, pretrained=True)
     with pytest.raises(ValueError, match="`pretrained` needs"):
         get_model(name, 5, width=16, stem="standard", pretrained=True)
