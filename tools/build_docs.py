@@ -330,7 +330,7 @@ def finish_page(page, up):
     page = re.sub(r"(<body[^>]*>)", rf"\1\n{SKIP_LINK}", page, count=1)
     toggle = re.compile(r'(<a class="sidebar-item-toggle[^>]*) role="navigation"')
     page = toggle.sub(r'\1 role="button" tabindex="0"', page)
-    page = re.sub(r'(<a class="sidebar-item-text[^>]*) role="navigation"', r"\1", page)
+    page = re.sub(r'(<a class="sidebar-item-text[^>]*) role="navigation"', r'\1 role="button"', page)
     for start, name in MENUS.items(): page = page.replace(start, start.replace("<nav ", f'<nav aria-label="{name}" '))
     return SCROLLS.sub(r'<\1 tabindex="0"\2', FIGURE.sub(figure_class, page))
 

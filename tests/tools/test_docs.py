@@ -294,6 +294,7 @@ def test_every_page_can_be_used_without_a_mouse(docs):
         assert page.count('<a class="skip-link" href="#quarto-document-content">') == 1, path
         toggles = re.findall(r'<a class="sidebar-item-toggle[^>]*>', page)
         assert toggles and all('tabindex="0"' in toggle for toggle in toggles), path
+        assert 'role="navigation"' not in page, path  # of what opens a section
 
 
 SEARCHES = {
