@@ -16,7 +16,7 @@ from ..data.scenes import MaskedImages
 from .accuracy import UnseenImages, evaluating
 from ..models.tap import as_maps, read_logits, unwrap
 
-# %% ../../nbs/evaluation/70_cam.ipynb #75f1c804
+# %% ../../nbs/evaluation/70_cam.ipynb #59dcca1a
 def layer_maps(
     model:nn.Module, # A classifier; wrappers are looked through
     images:Tensor, # (N, C, H, W), normalised
@@ -40,6 +40,8 @@ def layer_maps(
             logits = read_logits(model(images.detach().requires_grad_()))
             if len(kept) != 1 or not isinstance(kept[0], Tensor):
                 raise ValueError(f"`layer` must put out one tensor, once, but {layer!r} does not")
+            if not ((target >= 0) & (target < logits.shape[1])).all():
+                raise ValueError(f"`target` must be in [0, {logits.shape[1] - 1}], got {target}")
             score = logits.gather(1, target[:, None]).sum()
             gradient, = torch.autograd.grad(score, kept[0], allow_unused=True)
     finally: handle.remove()

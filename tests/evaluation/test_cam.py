@@ -145,6 +145,8 @@ NET, MAPS, MASKS = get_model("resnet18", 5, width=8), torch.rand(2, 4, 4), torch
     (ValueError, lambda: cam(NET, IMAGES.byte(), TARGET, "layer4"), "`images` must be floating point"),
     (ValueError, lambda: cam(NET, IMAGES, TARGET[:1], "layer4"), "`target` must have one row"),
     (ValueError, lambda: cam(NET, IMAGES, torch.rand(2), "layer4"), "`target` must be class indices"),
+    (ValueError, lambda: cam(NET, IMAGES, TARGET + 2, "layer4"), r"`target` must be in \[0, 4\]"),
+    (ValueError, lambda: cam(NET, IMAGES, -TARGET, "layer4"), r"`target` must be in \[0, 4\]"),
     (ValueError, lambda: cam(NET, IMAGES, TARGET, "fc"), "`output` must have 4 dimensions"),
     (ValueError, lambda: pointing(MAPS, MASKS[:1]), "`masks` must be bool"),
     (ValueError, lambda: pointing(MAPS, MASKS.float()), "`masks` must be bool"),
