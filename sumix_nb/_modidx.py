@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sumix_nb/evaluation/cam.py'),
                                          'sumix_nb.evaluation.cam.map_weights': ( 'evaluation/cam.html#map_weights',
                                                                                   'sumix_nb/evaluation/cam.py'),
+                                         'sumix_nb.evaluation.cam.overlaid': ('evaluation/cam.html#overlaid', 'sumix_nb/evaluation/cam.py'),
                                          'sumix_nb.evaluation.cam.pointing': ('evaluation/cam.html#pointing', 'sumix_nb/evaluation/cam.py'),
                                          'sumix_nb.evaluation.cam.share_inside': ( 'evaluation/cam.html#share_inside',
                                                                                    'sumix_nb/evaluation/cam.py'),

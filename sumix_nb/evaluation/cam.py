@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CAM_LAYERS', 'layer_maps', 'lies_last', 'map_weights', 'stretched', 'cam', 'pointing', 'share_inside', 'check_masks',
-           'looks_at_object']
+           'looks_at_object', 'overlaid']
 
-# %% ../../nbs/evaluation/70_cam.ipynb #e005f14c
+# %% ../../nbs/evaluation/70_cam.ipynb #5e0585b0
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,3 +142,13 @@ def looks_at_object(
             "inside": None if shares.isnan().all() else shares.nanmean().item(),
             "object": data.masks.double().mean().item(),
             "blank": torch.cat(blank).double().mean().item(), "n": len(data)}
+
+# %% ../../nbs/evaluation/70_cam.ipynb #65d355e7
+def overlaid(
+    pixels:Tensor, # (N, 3, H, W) uint8
+    maps:Tensor, # (N, H, W) in [0, 1]
+)->Tensor: # (N, 3, H, W) in [0, 1]
+    "Maps in colours over pictures in grey"
+    grey = pixels.float().mean(1, keepdim=True) / 255
+    heat = torch.from_numpy(plt.get_cmap("inferno")(maps.numpy())[..., :3]).permute(0, 3, 1, 2)
+    return 0.4 * grey + 0.6 * heat.float()
