@@ -88,7 +88,7 @@ def pulls(x, generator, *constants):
 # %% ../../nbs/evaluation/46_corruption.ipynb #f81dfb49
 @dataclass(frozen=True)
 class Corruption:
-    "A function of `(x, *constants, *draws)`, its constants at severities 1 to 5, and its dice"
+    "A function of `(x, *constants, *draws)`, its constants at severities 1 to 5, and what it draws"
     apply:Callable # (N, 3, H, W) float64 in [0, 1] -> (N, 3, H, W)
     strengths:tuple # A number or a tuple of constants for each of five severities
     draw:Callable=lambda x, generator, *constants: [] # Makes the list of draws

@@ -98,8 +98,10 @@ def under_occlusion(
         for ratio in ratios:
             covered = [occlude(images, ratio, patch, generator=each) for each in draws]
             covered.append(occlude(images, ratio, patch, patches=order))
-            for i, seen in enumerate(covered):
-                right[ratio][i] += (predict(model, test, seen, bs).argmax(1) == target).sum().item()
+            if ratio in (0, 1): covered = covered[:1]  # all masks are the same there
+            counts = [(predict(model, test, seen, bs).argmax(1) == target).sum().item()
+                      for seen in covered] * (masks + 1)
+            right[ratio] = [before + new for before, new in zip(right[ratio], counts)]
     return {"ratio": list(ratios), "patch": patch, "n": n,
             "random": [[count / n for count in right[ratio][:-1]] for ratio in ratios],
             "salient": [right[ratio][-1] / n for ratio in ratios]}
