@@ -86,8 +86,8 @@ def calibration_summary(
     "Calibration as it is, and after a temperature from the other half of the images"
     if len(logits) < 2: raise ValueError(f"`logits` must have 2 answers or more, got {len(logits)}")
     sums = reliability_sums(logits, target, bins)
-    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0)).to(target.device)
-    halves, scaled, temperatures = order.chunk(2), 0, []
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+    halves, scaled, temperatures = order.to(target.device).chunk(2), 0, []
     for fitted, judged in (halves, halves[::-1]):
         temperatures.append(fit_temperature(logits[fitted], target[fitted]))
         scaled = scaled + reliability_sums(logits[judged] / temperatures[-1], target[judged], bins)

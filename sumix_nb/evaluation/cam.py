@@ -46,7 +46,8 @@ def layer_maps(
             score = logits.gather(1, target[:, None]).sum()
             gradient, = torch.autograd.grad(score, kept[0], allow_unused=True)
     finally: handle.remove()
-    if gradient is None: raise ValueError(f"`layer` must lead to the logits, but {layer!r} does not")
+    if gradient is None:
+        raise ValueError(f"`layer` must lead to the logits, but {layer!r} does not")
     return tuple(as_maps(part, lies_last(part, images)).detach() for part in (kept[0], gradient))
 
 

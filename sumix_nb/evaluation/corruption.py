@@ -24,7 +24,8 @@ from .digital import pixelate, saturate
 from .noise import defocus_blur, gaussian_blur, gaussian_noise, glass_blur
 from .noise import impulse_noise, motion_blur, shot_noise, speckle_noise
 from .noise import zoom_blur
-from .weather import fog, frost, ice, snow, spatter
+from .spatter import spatter
+from .weather import fog, frost, ice, snow
 
 # %% ../../nbs/evaluation/46_corruption.ipynb #98ba5cf0
 def normals(x, generator, *constants):

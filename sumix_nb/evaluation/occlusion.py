@@ -56,7 +56,8 @@ def check_occlusion(images, ratio, patch, generator)->tuple[int, int, int, int]:
     check_generator(generator)
     n, colours, height, width = images.shape
     if height % patch or width % patch:
-        raise ValueError(f"`patch` must divide height and width, got {patch} for {height} x {width}")
+        raise ValueError("`patch` must divide height and width, "
+                         f"got {patch} for {height} x {width}")
     return n, colours, height // patch, width // patch
 
 # %% ../../nbs/evaluation/60_occlusion.ipynb #c1cef222

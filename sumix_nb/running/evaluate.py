@@ -81,7 +81,8 @@ MEASURES = {
         lambda s: [*CORRUPTIONS],
         lambda s, part: under_corruption(s.model, s.test, part, seed=s.seed, folder=s.published),
         lambda found: corruption_means({name: each["accuracy"] for name, each in found.items()})
-        | {"ece_severity": [mean_of([each["ece"][i] for each in found.values()]) for i in range(5)]}),
+        | {"ece_severity": [mean_of([each["ece"][i] for each in found.values()])
+                            for i in range(5)]}),
     "fgsm": Measure(
         lambda s: ["curve"], lambda s, part: under_attack(s.model, s.test, seed=s.seed),
         lambda found: {name: found["curve"][name][found["curve"]["eps"].index(8)]
@@ -188,9 +189,9 @@ def evaluate(
     check_seed("seed", seed)
     if isinstance(on, str): on = on.split(",")
     half = any(isinstance(cb, Autocast) for cb in learn.cbs)
-    subject = Subject(learn.model, unseen_images(learn.dls, limit), name, layer=layer, masked=masked,
-                      published=None if published is None else str(published), seed=seed,
-                      precision="bf16" if half else "fp32")
+    subject = Subject(learn.model, unseen_images(learn.dls, limit), name, layer=layer,
+                      masked=masked, published=None if published is None else str(published),
+                      seed=seed, precision="bf16" if half else "fp32")
     return measure_subject(subject, on, folder)
 
 # %% ../../nbs/running/30_evaluate.ipynb #ffebec37

@@ -199,7 +199,8 @@ def check_grid(recipes, engine, options):
     for name in given: check_choice("options", name, known)
     for name, least in (("every", 1), ("workers", 0)): check_whole(name, given.get(name, 1), least)
     check_choice("log", given.get("log"), (None, *(TRACKERS if engine == "local" else ["wandb"])))
-    for name in {"path", "checkpoints", "weights"} & {*given}: given[name] = Path(given[name]).absolute()
+    for name in {"path", "checkpoints", "weights"} & {*given}:
+        given[name] = Path(given[name]).absolute()
     if engine == "ray": return given  # its machines have their own devices and folders
     if "device" in given:  # without a tensor there, which would hold memory as long as the grid
         try: there = torch.get_device_module(torch.device(given["device"])).is_available()

@@ -27,7 +27,8 @@ from .resume import write_whole
 def plain_weights(model:nn.Module)->dict[str, Tensor]: # Name -> a copy on the CPU
     "Parameters and buffers of a network, without SUMix's head and without wrappers"
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in unwrap(model).state_dict().items() if HEAD_NAME not in name.split(".")}
+            for name, value in unwrap(model).state_dict().items()
+            if HEAD_NAME not in name.split(".")}
 
 
 def weights_digest(model:nn.Module)->str: # 16 hexadecimal digits

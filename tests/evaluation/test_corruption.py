@@ -12,7 +12,8 @@ from sumix_nb.evaluation.accuracy import accuracy_of, evaluating, predict
 from sumix_nb.evaluation.corruption import CORRUPTIONS, EXTRA, corrupt, corruption_means, published_images
 from sumix_nb.evaluation.corruption import under_corruption
 from sumix_nb.evaluation.noise import gaussian_blur
-from sumix_nb.evaluation.weather import fog, fractal, mud, spatter
+from sumix_nb.evaluation.spatter import mud, spatter
+from sumix_nb.evaluation.weather import fog, fractal
 from tests.conftest import GOLDEN, Cases
 from tests.evaluation.oracles import Colours
 

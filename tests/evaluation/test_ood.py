@@ -28,6 +28,14 @@ def test_auroc_counts_pairs(n, m, levels):
     assert auroc(outside, inside) == pytest.approx(1 - auroc(inside, outside))
 
 
+def test_auroc_is_that_of_torchmetrics():
+    auc = pytest.importorskip("torchmetrics.functional.classification")
+    draws = torch.Generator().manual_seed(0)
+    scores, labels = torch.rand(300, generator=draws), torch.randint(2, (300,), generator=draws)
+    wanted = auc.binary_auroc(scores, labels).item()
+    assert auroc(scores[labels == 1], scores[labels == 0]) == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 def test_fpr_is_that_of_the_highest_threshold_that_lets_enough_pass(share):
     draws = torch.Generator().manual_seed(int(100 * share))
