@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'Subject', 'under_pgd', 'Measure', 'mean_of', 'facts_of', 'read_evaluation', 'measure_subject', 'evaluate',
-           'subject_of', 'sumix_evaluate', 'headline']
+           'subject_of', 'headline', 'sumix_evaluate']
 
 # %% ../../nbs/running/30_evaluate.ipynb #c5f0e52b
 import hashlib
@@ -234,7 +234,15 @@ def subject_of(
     return Subject(model.to(dls.device), test, recipe.name, recipe.data, CAM_LAYERS[recipe.model],
                    masked, published, recipe.precision, seed)
 
-# %% ../../nbs/running/30_evaluate.ipynb #e4fe631d
+# %% ../../nbs/running/30_evaluate.ipynb #3a06895f
+def headline(record:dict)->str:
+    "A record in a line"
+    def short(value): return f"{value:.3f}" if isinstance(value, float) else value
+    numbers = [f"{key} {' '.join(map(short, value)) if isinstance(value, list) else short(value)}"
+               for key, value in record["headline"].items()]
+    return f"{record['name']} ({sum(record['seconds'].values()):.0f} s): {', '.join(numbers)}"
+
+# %% ../../nbs/running/30_evaluate.ipynb #67df0e30
 @call_parse
 def sumix_evaluate(
     run:str, # A file of weights, a folder of them, or an exported Learner (.pkl)
@@ -264,14 +272,3 @@ def sumix_evaluate(
         sys.exit(128 + end.code)
     except (ValueError, TypeError, OSError, ImportError) as error:
         sys.exit(f"sumix_evaluate: {one_line(error)}")
-
-
-def headline(record:dict)->str:
-    "A record in a line"
-    def short(value): return f"{value:.3f}" if isinstance(value, float) else value
-    numbers = [f"{key} {' '.join(map(short, value)) if isinstance(value, list) else short(value)}"
-               for key, value in record["headline"].items()]
-    return f"{record['name']} ({sum(record['seconds'].values()):.0f} s): {', '.join(numbers)}"
-
-# %% ../../nbs/running/30_evaluate.ipynb #7754e731
-if __name__ == "__main__": sumix_evaluate()

@@ -224,3 +224,12 @@ def test_a_stop_says_that_the_same_command_goes_on(run, tmp_path, monkeypatch, c
     monkeypatch.setattr(module, "subject_of", partial(lambda *args, **options: (_ for _ in ()).throw(SystemExit(15))))
     with pytest.raises(SystemExit) as error: sumix_evaluate(str(run[1] / "weights"), out=str(tmp_path))
     assert error.value.code == 143 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command(run, tmp_path, command):
+    words = ["-m", "sumix_nb.running.evaluate", run[1] / "weights", "--on", "calibration", "--out", tmp_path]
+    for _ in range(2):
+        done = command(*words, PYTHONWARNINGS="ignore")
+        output, errors = done.communicate()
+        assert done.returncode == 0 and errors == "" and output.count("\n") == 1, errors
+    assert "calibration" in output and len([*(tmp_path / "evaluation").iterdir()]) == 1
