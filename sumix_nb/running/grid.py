@@ -196,11 +196,12 @@ class RayEngine:
 def check_grid(recipes, engine, options):
     "Options of `train` for all runs, checked, with absolute paths; None stands for no option"
     given = {name: value for name, value in options.items() if value is not None}
-    known = ("path", "device", "workers", "checkpoints", "every", "log")
+    known = ("path", "device", "workers", "checkpoints", "every", "log", "weights")
     for name in given: check_choice("options", name, known)
     for name, least in (("every", 1), ("workers", 0)): check_whole(name, given.get(name, 1), least)
     check_choice("log", given.get("log"), (None, *(TRACKERS if engine == "local" else ["wandb"])))
-    for name in {"path", "checkpoints"} & {*given}: given[name] = Path(given[name]).absolute()
+    for name in {"path", "checkpoints", "weights"} & {*given}:
+        given[name] = Path(given[name]).absolute()
     if engine == "ray": return given  # its machines have their own devices and folders
     if "device" in given:  # without a tensor there, which would hold memory as long as the grid
         try: there = torch.get_device_module(torch.device(given["device"])).is_available()
@@ -208,7 +209,7 @@ def check_grid(recipes, engine, options):
         if not there: raise ValueError(f"this machine must have `device`, got {given['device']!r}")
     for name in {recipe.data for recipe in recipes} if "path" in given else ():
         find_root(SOURCES[name], given["path"])
-    if "checkpoints" in given: make_folder(given["checkpoints"])
+    for name in {"checkpoints", "weights"} & {*given}: make_folder(given[name])
     return given
 
 # %% ../../nbs/running/20_grid.ipynb #c1d06ed1
@@ -221,7 +222,7 @@ def run_grid(
     gpus:float=0, # Ray: GPUs of a run, or a share of one
     retry:bool=False, # Run again what failed, or has a damaged record?
     quiet:bool=False, # Print no progress?
-    **options, # Of `train`: path, device, workers, checkpoints, every, log
+    **options, # Of `train`: path, device, workers, checkpoints, every, log, weights
 )->list[dict]: # The records of all that is done, in the order of the grid
     "Run all recipes without a record; `failures` tells which have none in the end"
     for name, value in (("jobs", jobs), ("threads", threads)):
@@ -274,6 +275,7 @@ def sumix_grid(
     checkpoints:str=None, # Folder of the checkpoints, from which stopped runs go on
     every:int=1, # Epochs from one checkpoint to the next
     log:str=None, # Show the runs in "tensorboard" or "wandb"
+    weights:str=None, # Folder of the final weights, as safetensors; none by default
     retry_failed:bool=False, # Run again what failed, or has a damaged record?
 )->None:
     "Run what has no record yet; exit code 1 if a run failed, 143 after SIGTERM, 130 after Ctrl-C"
@@ -281,7 +283,8 @@ def sumix_grid(
         with handling_signals(lambda number, frame: sys.exit(number)):
             recipes = read_grid(grid)
             run_grid(recipes, out, jobs, threads, engine, gpus, retry_failed, path=data_dir,
-                     device=device, workers=workers, checkpoints=checkpoints, every=every, log=log)
+                     device=device, workers=workers, checkpoints=checkpoints, every=every, log=log,
+                     weights=weights)
             lost = failures(recipes, out)
     except SystemExit as end:
         print("sumix_grid: stopped; the same command goes on", file=sys.stderr)

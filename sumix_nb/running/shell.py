@@ -46,6 +46,7 @@ def option_parser()->argparse.ArgumentParser:
     add("training", "--sync-bn", "BatchNorm over all processes", type=bool_arg, default=False)
     add("output", "--out", "folder of the record (default: results)", default="results")
     add("output", "--checkpoints", "folder of a checkpoint, to go on after a stop (default: none)")
+    add("output", "--weights", "folder of the final weights, as safetensors (default: none)")
     add("output", "--every", "epochs between checkpoints (default: 1)", type=int, default=1)
     add("output", "--log", "where to show the run", choices=("tensorboard", "wandb"))
     kinds, usual = {field.name: field.type for field in fields(Recipe)}, Recipe()
@@ -84,7 +85,7 @@ def sumix_train(arguments:list[str]|None=None)->None:
             from sumix_nb.training.records import comparison_table
             from sumix_nb.training.resume import Preempted
             from sumix_nb.training.train import train
-        passed = ("workers", "checkpoints", "every", "sync_bn", "log")
+        passed = ("workers", "checkpoints", "every", "sync_bn", "log", "weights")
         try:
             record = train(recipe, options["data_dir"], options["device"], options["out"],
                            sys.stdout.isatty(), **{name: options[name] for name in passed})

@@ -41,6 +41,7 @@ from .records import git_commit, make_record, write_record
 from .resume import Checkpoint
 from .steps import Autocast, LossNumbers, SpareFromDecay, WeightAverage, cosine
 from .trackers import tracking
+from .weights import write_weights
 
 # %% ../../nbs/training/20_train.ipynb #86f312d4
 def ratio_curve(lam:Tensor, ratio:Tensor, bins:int=10)->list[dict]:
@@ -191,9 +192,11 @@ def train(
     every:int=1, # Epochs from one checkpoint to the next
     sync_bn:bool=False, # See `distribute`
     log:str|None=None, # Show the run in "tensorboard" or "wandb", see `tracking`
+    weights:str|Path|None=None, # Where to write the final weights; nowhere by default
 )->dict: # The record, the same in all processes, of which the first writes it
     "Train; `FloatingPointError` for a loss that is not finite"
-    if folder is not None and rank_distrib() == 0: make_folder(folder)
+    for place in (folder, weights):
+        if place is not None and rank_distrib() == 0: make_folder(place)
     learn = learn or make_learner(recipe, path, device or local_device(), workers)
     if learn.opt is not None: raise ValueError("`learn` must be fresh, got one that was used")
     commit = git_commit()
@@ -214,6 +217,7 @@ def train(
             raise FloatingPointError(f"the training loss of {recipe.name} is not finite: "
                                      f"lower `lr` ({recipe.lr})")
         if rank_distrib() > 0: return record
+        if weights is not None: write_weights(learn.model, recipe, weights)
         if folder is not None:
             write_record(record, folder)
             for keeper in keepers: keeper.file.unlink()

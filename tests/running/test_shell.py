@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sumix_nb.running.evaluate import sumix_evaluate
 from sumix_nb.running.grid import sumix_grid
 from sumix_nb.running.shell import option_parser, read_recipe, read_valid, sumix_train
 from sumix_nb.training import processes
@@ -111,14 +112,15 @@ OTHERS = {"--mixup", "--cutmix", "--mixup-off-epoch", "--amp", "--torchcompile",
 
 def test_the_pages_name_only_options_that_exist():
     known = {word for action in option_parser()._actions for word in action.option_strings}
-    known |= {f"--{name.replace('_', '-')}" for name in signature(sumix_grid).parameters}
+    for command in (sumix_grid, sumix_evaluate):
+        known |= {f"--{name.replace('_', '-')}" for name in signature(command).parameters}
     known |= OTHERS
     named = {}
     for notebook in (ROOT / "nbs").rglob("*.ipynb"):
         for cell in json.loads(notebook.read_text())["cells"]:
             if cell["cell_type"] != "markdown": continue
             for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", "".join(cell["source"])): named[word] = notebook.name
-    assert {"--recipe", "--sync-bn", "--retry-failed", "--log"} <= named.keys()
+    assert {"--recipe", "--sync-bn", "--retry-failed", "--log", "--weights", "--on"} <= named.keys()
     assert {word: page for word, page in named.items() if word not in known} == {}
 
 
