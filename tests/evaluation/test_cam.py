@@ -147,7 +147,7 @@ NET, MAPS, MASKS = get_model("resnet18", 5, width=8), torch.rand(2, 4, 4), torch
     (ValueError, lambda: cam(NET, IMAGES, torch.rand(2), "layer4"), "`target` must be class indices"),
     (ValueError, lambda: cam(NET, IMAGES, TARGET + 2, "layer4"), r"`target` must be in \[0, 4\]"),
     (ValueError, lambda: cam(NET, IMAGES, -TARGET, "layer4"), r"`target` must be in \[0, 4\]"),
-    (ValueError, lambda: cam(NET, IMAGES, TARGET, "fc"), "`output` must have 4 dimensions"),
+    (ValueError, lambda: cam(NET, IMAGES, TARGET, "fc"), "`layer` must put out maps or tokens"),
     (ValueError, lambda: pointing(MAPS, MASKS[:1]), "`masks` must be bool"),
     (ValueError, lambda: pointing(MAPS, MASKS.float()), "`masks` must be bool"),
     (ValueError, lambda: share_inside(MAPS[0], MASKS), r"`maps` must be \(N, H, W\)"),
