@@ -71,6 +71,7 @@ def mixed_loss(
     target_a:Tensor, # Targets of the first images
     target_b:Tensor, # Targets of their partners
     lam:float|Tensor, # Weight of the first targets, a number or (N,), in [0, 1]
+    lam_b:Tensor|None=None, # (N,) weight of the second targets; None: the rest, `1 - lam`
 )->Tensor: # 0-d
     "`lam * loss(a) + (1 - lam) * loss(b)`, reduced as `loss_func` does"
     reduction = loss_setting(loss_func, "reduction", "mean")
@@ -82,10 +83,13 @@ def mixed_loss(
     losses_a = full_precision(per_sample_loss(loss_func, logits_a, target_a))
     losses_b = full_precision(per_sample_loss(loss_func, logits_b, target_b))
     lam = check_lam(lam, losses_a)
-    total = (lam * losses_a + (1 - lam) * losses_b).sum()
+    rest = 1 - lam if lam_b is None else check_lam(lam_b, losses_a)
+    total = (lam * losses_a + rest * losses_b).sum()
     if reduction == "sum": return total
     weight_a, weight_b = label_weight(loss_func, target_a), label_weight(loss_func, target_b)
-    return total / (lam * weight_a + (1 - lam) * weight_b).sum()
+    divisor = (lam * weight_a + rest * weight_b).sum()
+    if lam_b is None: return total / divisor
+    return total * ((lam + rest).mean() / divisor.clamp(min=torch.finfo(divisor.dtype).tiny))
 
 # %% ../../nbs/sumix/30_mixed_loss.ipynb #5a0f8b64
 def mixed_cross_entropy(
