@@ -17,7 +17,7 @@ import psutil
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.torch_core import TensorCategory, TensorImage, default_device
+from fastai.torch_core import TensorCategory, TensorImage, TensorMask, default_device
 from fastcore.basics import chunked
 
 from ..checks import check_choice, check_flag, check_seed, check_whole
@@ -34,19 +34,23 @@ class ImageSet(ClassifiedSet):
         target:torch.Tensor|None, # (N,) class indices; None if unknown
         vocab, # K class names
         split_idx:int=1, # 0 for training images (augmented), 1 for others
+        masks:torch.Tensor|None=None, # (N, 1, H, W) bool, where their objects are
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError("`images` must be uint8 of shape (N, 3, H, W), "
                              f"got {images.dtype} {tuple(images.shape)}")
         super().__init__(len(images), target, vocab, split_idx)
-        self.images = images
+        self.images, self.masks, self.n_inp = images, masks, 1
     def __len__(self): return len(self.images)
     def __getitem__(self, index):
         image = TensorImage(self.images[index])
-        return (image,) if self.target is None else (image, TensorCategory(self.target[index]))
+        if self.target is None: return (image,)
+        where = () if self.masks is None else (TensorMask(self.masks[index]),)
+        return image, *where, TensorCategory(self.target[index])
     def to(self, device):
         "Move the images, in place"
         self.images = self.images.to(device)
+        if self.masks is not None: self.masks = self.masks.to(device)
         if self.target is not None: self.target = self.target.to(device)
     def from_items(self, items, with_labels=False):
         "A set of new images, a tensor like this one's or a list, or (image, class name) pairs"
@@ -94,14 +98,21 @@ class SeededDL(TfmdDL):
 
 # %% ../../nbs/data/30_loaders.ipynb #1360d9f7
 class TensorDL(SeededDL):
-    "Batches cut out of an `ImageSet`; any `num_workers` is ignored"
+    "Batches cut out of an `ImageSet`, with `index` and `masks` of the last; ignores `num_workers`"
     def __init__(self, dataset, *args, **kwargs):
         super().__init__(dataset, *args, **kwargs | {"num_workers": 0})
+        self.index = self.masks = None
         if self.device is not None: dataset.to(self.device)
     def create_batches(self, samps):
         for index in chunked(samps, self.bs, self.drop_last):
-            index = torch.tensor(index).to(self.dataset.images.device, non_blocking=True)
-            yield self.dataset[index]
+            self.index = torch.tensor(index)
+            yield self.dataset[self.index.to(self.dataset.images.device, non_blocking=True)]
+    def __iter__(self):
+        for batch in super().__iter__():
+            if len(batch) == 3:
+                image, masks, target = batch
+                self.masks, batch = masks.as_subclass(torch.Tensor).bool(), (image, target)
+            yield batch
     def to(self, device):
         super().to(device)
         self.dataset.to(device)
@@ -196,6 +207,7 @@ def get_dls(
     stats:str|None=None, # Normalise by "cifar" or "imagenet" of `STATS`; by default the set's own
     workers:int|None=None, # Processes that decode for a view; by default one a core, at most 8
     drop_last:bool=True, # Leave out the training images that do not fill a last batch?
+    masks:bool=False, # Load where the objects are? Loaders then have `masks` of their last batch
 )->DataLoaders: # Two loaders, train and valid
     "Loaders of a whole image set on `device`"
     check_choice("name", name, SOURCES)
@@ -206,6 +218,7 @@ def get_dls(
     check_choice("view", view, (None, "crop", *VIEWS))
     check_choice("stats", stats, (None, *STATS))
     check_flag("drop_last", drop_last)
+    check_flag("masks", masks)
     for argument, value, least in (("size", size, 1), ("workers", workers, 0)):
         if value is not None: check_whole(argument, value, least)
     source, device = SOURCES[name], find_device(device)
@@ -215,20 +228,23 @@ def get_dls(
     data, vocab = read_set(source, path, size, splits)
     parts = choose_images(data, valid, limit, generator)
     n = len(parts[0].items)
+    if masks and ((view or source.view) != "crop" or parts[0].masks is None):
+        raise ValueError(f"`masks` must be False for {name}, whose images come without")
     if drop_last and bs > n:
         raise ValueError(f"`bs` is {bs}, but there are only {n} training images")
 
     resize, size = size is not None or not source.archive, size or source.size
     if (view or source.view) == "crop":
         check_memory(sum(len(part.items) for part in parts), size, device)
-        sets = [ImageSet(decode_images(part.items, size, resize), part.target, vocab, split_idx)
-                for split_idx, part in enumerate(parts)]
+        sets = [ImageSet(decode_images(part.items, size, resize), part.target, vocab, split_idx,
+                         part.masks if masks else None) for split_idx, part in enumerate(parts)]
         pad = source.pad * size // source.size
         loader, augment = TensorDL, [RandomCropFlip(pad, source.flip, generator)]
     else:
         view = VIEWS[view or source.view]
         views = train_view(view, size, source.flip), test_view(view, size)
-        sets = [FileSet(*part, vocab, *views, split_idx) for split_idx, part in enumerate(parts)]
+        sets = [FileSet(part.items, part.target, vocab, *views, split_idx)
+                for split_idx, part in enumerate(parts)]
         loader, augment = FileDL, [EraseBatch(view.erase, generator)] if view.erase else []
     mean, std = (source.mean, source.std) if stats is None else STATS[stats]
     normalise = [IntToFloatTensor(), Normalize.from_stats(mean, std, cuda=False)]
