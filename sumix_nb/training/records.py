@@ -29,7 +29,7 @@ import sumix_nb
 from ..checks import check_number
 from ..evaluation.calibration import calibration_error
 from ..mixers.choosing import MIXERS
-from .recipe import MASKED, Recipe
+from .recipe import Recipe
 from .resume import write_whole
 
 # %% ../../nbs/training/30_records.ipynb #e7c39333
@@ -58,7 +58,7 @@ def make_record(recipe:Recipe, learn)->dict:
             "seconds": sum(epoch["seconds"] for epoch in log.epochs),
             "seconds_per_step": min(epoch["seconds_per_step"] for epoch in log.epochs),
             "epochs": log.epochs, "ratio_curve": log.ratio_curve, "reliability": log.reliability,
-            **({"by_size": learn.size_log.by_size} if recipe.data in MASKED else {}),
+            **({"by_size": learn.size_log.by_size} if hasattr(learn, "size_log") else {}),
             "device": device_name(device), "peak_memory": peak_memory(device),
             "versions": {"python": platform.python_version(), **packages}}
 

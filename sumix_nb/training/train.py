@@ -136,8 +136,8 @@ def make_mix(recipe:Recipe, steps:int)->list[Callback]:
     mixer = MIXERS[recipe.mixer](**shared | recipe.mixer_options)
     options = {"seed": recipe.seed, "keep": steps, "off_after": recipe.off_after}
     if recipe.method == "mce":
-        if recipe.label == "area": return [Mix(mixer, **options)]
-        return [Relabel(mixer, recipe.label, recipe.clean, recipe.update_bn, **options)]
+        if recipe.label_rule == "area": return [Mix(mixer, **options)]
+        return [Relabel(mixer, recipe.label_rule, recipe.clean, recipe.update_bn, **options)]
     if recipe.method in ("mce_bn", "mce_clean"):
         return [MixWithClean(mixer, learn_clean=recipe.method == "mce_clean", **options)]
     with no_random(recipe.seed):
@@ -154,10 +154,10 @@ def make_learner(
     "A `Learner` for a recipe, initialised by its seed"
     shared = ("bs", "size", "seed", "valid", "limit", "view", "stats", "drop_last")
     dls = get_dls(recipe.data, path=path, device=device, workers=workers,
-                  masks=recipe.data in MASKED,
+                  masks=recipe.data in MASKED and recipe.view in (None, "crop"),
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
-    if recipe.data in MASKED: callbacks.append(SizeLog())
+    if getattr(dls.valid_ds, "masks", None) is not None: callbacks.append(SizeLog())
     if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))
