@@ -95,7 +95,7 @@ def answers(evidence:Evidence, rows:Tensor)->Judged: # `rows`: (N,) numbers of t
                   torch.stack([rows, rows[mixed.partner]]))
 
 # %% ../../nbs/evaluation/35_label_rules.ipynb #3d4f04d5
-GHOST = 0.05, 0.01 # A label of more than the first to an object of which less than the second is seen
+GHOST = 0.05, 0.01 # A label of more than the one, an object of which less than the other is seen
 
 
 def fifths(sizes:Tensor)->Tensor: # Four edges
@@ -117,7 +117,8 @@ def rule_errors(
     def mean(values, count=None):
         count = torch.ones_like(values) if count is None else count
         found = weights @ (values * count) / (weights @ count)
-        return [round(value, 4) for value in (found[0].item(), *found[1:].nanquantile(ends).tolist())]
+        values = found[0].item(), *found[1:].nanquantile(ends).tolist()
+        return [round(value, 4) for value in values]
     found, area = {}, (judged.shares["area"][known].double() - truths[0]).abs()
     for rule, share in judged.shares.items():
         share = share[known].double()
@@ -134,13 +135,14 @@ class RuleErrorLog(LabelErrorLog):
     "Errors of every rule before training and after each epoch, in `epochs`: mixer -> `rule_errors`"
     def measure(self, details:bool=False):
         "Add one entry to `epochs`, with intervals if `details`"
-        self.epochs.append({name: rule_errors(judge(self.learn.model, self.data, mixer, **self.options),
-                                              1000 if details else 1)
-                            for name, mixer in self.mixers.items()})
+        judged = {name: judge(self.learn.model, self.data, mixer, **self.options)
+                  for name, mixer in self.mixers.items()}
+        self.epochs.append({name: rule_errors(found, 1000 if details else 1)
+                            for name, found in judged.items()})
 
 # %% ../../nbs/evaluation/35_label_rules.ipynb #081d5d97
 class SizeLog(Callback):
-    "Accuracy of the last validation by fifths of the object size, in `by_size`, from small to large"
+    "Accuracy of the last validation by fifths of the object size, small to large, in `by_size`"
     def __init__(self): self.by_size, self.edges, self.sums = None, None, None
 
     def before_validate(self):
