@@ -122,7 +122,7 @@ def test_modules_and_lines_are_short(name):
 
 
 PUZZLEMIX = 525  # Lines that came to a house of 6,500, and to tests of 8,500
-LABELS = (525, 225)  # Lines of the library and of the tests: label rules, memories, and what judges them
+LABELS = (525, 375)  # Lines of the library and of the tests: label rules, memories, and what judges them
 
 
 def test_the_library_stays_small():

@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from sumix_nb.data import loaders
-from sumix_nb.data.loaders import STATS, FileDL, ImageDataLoaders, ImageSet, TensorDL, balanced_subset
-from sumix_nb.data.loaders import check_memory, choose_images, get_dls, limits_of
+from sumix_nb.data.choosing import balanced_subset, choose_images, limits_of
+from sumix_nb.data.loaders import STATS, FileDL, ImageDataLoaders, ImageSet, TensorDL, check_memory, get_dls
 from sumix_nb.data.sources import SOURCES, read_digits, read_folders
 from tests.data.oracles import MAKERS, NAMES, tiny_model, write_image
 
