@@ -52,7 +52,7 @@ IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCES = {source.name: source for source in (
     DataSource("digits", 32, 10, (0.3054,) * 3, (0.3237,) * 3, flip=False, pad=2),
     DataSource("scenes", 32, 24, (0.499,) * 3, (0.236,) * 3),
-    DataSource("hard_scenes", 32, 24, (0.5,) * 3, (0.243,) * 3),
+    DataSource("hard_scenes", 32, 24, (0.499,) * 3, (0.237,) * 3),
     DataSource("cifar10", 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
                read=read_class_folders, url="https://s3.amazonaws.com/fast-ai-sample/cifar10.tgz",
                archive=(168168549, "a5f8c31371b63a406b23368042812d3c")),
@@ -225,7 +225,7 @@ def read_digits()->tuple[dict[str, Split], list[str]]: # As `read_folders`, with
     return data, [str(name) for name in digits.target_names]
 
 # %% ../../nbs/data/20_sources.ipynb #08485416
-HARD = {"radius": (0.12, 0.42), "clutter": 6, "noise": 0.06} # Of `scenes`
+HARD = {"radius": (0.15, 0.45), "clutter": 3} # Of `scenes`
 
 
 def draw_sets(size:int, hard:bool=False)->tuple[dict[str, Split], list[str]]: # As `read_folders`
