@@ -7,7 +7,7 @@ __all__ = ['reflect_index', 'crop_flip', 'sample_crop_flip', 'RandomCropFlip']
 
 # %% ../../nbs/data/10_augment.ipynb #4a2254ca
 import torch
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, TensorMask
 from fasttransform import DisplayedTransform
 
 # %% ../../nbs/data/10_augment.ipynb #15d8bba5
@@ -49,12 +49,15 @@ def sample_crop_flip(
 
 # %% ../../nbs/data/10_augment.ipynb #c39ed34b
 class RandomCropFlip(DisplayedTransform):
-    "Reflect crop and mirror of training batches, with draws from `generator`"
+    "Reflect crop and mirror of training batches and their masks, with draws from `generator`"
     split_idx = 0
     def __init__(self, pad:int, flip:bool, generator:torch.Generator): # As for `sample_crop_flip`
-        self.pad, self.flip, self.generator = pad, flip, generator
+        self.pad, self.flip, self.generator, self.draws = pad, flip, generator, None
     def encodes(self, images:TensorImage):
-        images = images.as_subclass(torch.Tensor)
-        draws = sample_crop_flip(len(images), self.pad, self.flip, self.generator)
-        offset, flip = (draw.to(images.device, non_blocking=True) for draw in draws)
-        return TensorImage(crop_flip(images, offset, flip, self.pad))
+        self.draws = sample_crop_flip(len(images), self.pad, self.flip, self.generator)
+        return TensorImage(self.moved(images))
+    def encodes(self, masks:TensorMask): return TensorMask(self.moved(masks))  # after its images
+    def moved(self, values):
+        values = values.as_subclass(torch.Tensor)
+        offset, flip = (draw.to(values.device, non_blocking=True) for draw in self.draws)
+        return crop_flip(values, offset, flip, self.pad)

@@ -113,6 +113,7 @@ def scenes(
     size:int=32, # Height and width, pixels, at least 16
     seed:int=0, # All follows from it
     *,
+    radius:tuple=(0.2, 0.4), # Least and largest radius, shares of the side, above 0 and below 1/2
     clutter:int=2, # Small ellipses in each background
     cut_off:float=0.2, # Share of the images whose object may reach beyond the border, in [0, 1]
     noise:float=0.03, # Standard deviation of the noise on each pixel, of 1
@@ -121,17 +122,19 @@ def scenes(
     for name, value, least in (("n", n, 1), ("size", size, 16), ("clutter", clutter, 0)):
         check_whole(name, value, least)
     check_seed("seed", seed)
+    for end in radius: check_number("radius", end, 0.05, 0.5)
     check_number("cut_off", cut_off, 0, 1)
     check_number("noise", noise, 0, 1)
     generator, parts = torch.Generator().manual_seed(int(seed)), []
     rand = partial(torch.rand, generator=generator)
     for m in (min(CHUNK, n - start) for start in range(0, n, CHUNK)):
         target = torch.randint(len(CLASSES), (m,), generator=generator)
-        radius, turn, frequency = 0.2 + 0.2 * rand(m), 2 * math.pi * rand(m), 1.2 + 0.5 * rand(m)
+        sides, turn, frequency = rand(m), 2 * math.pi * rand(m), 1.2 + 0.5 * rand(m)
+        radii = radius[0] + (radius[1] - radius[0]) * sides
         phase = -0.25 + 0.5 * rand(m, 2)
-        margin = radius.masked_fill(rand(m) < cut_off, 0)[:, None]
+        margin = radii.masked_fill(rand(m) < cut_off, 0)[:, None]
         center = margin + (1 - 2 * margin) * rand(m, 2)
-        cover, first = draw_objects(target, center, radius, turn, frequency, phase, size)
+        cover, first = draw_objects(target, center, radii, turn, frequency, phase, size)
         one = rand(m, 3, 1, 1)
         other = (one + (0.25 + 0.5 * rand(one.shape))) % 1
         images = first * one + (cover - first) * other

@@ -14,7 +14,7 @@ from fastai.data.transforms import Normalize
 from torch import Tensor, nn
 
 from ..checks import check_whole
-from ..data.loaders import balanced_subset
+from ..data.choosing import balanced_subset
 from ..models.tap import read_logits
 
 # %% ../../nbs/evaluation/05_accuracy.ipynb #b1e99bb1

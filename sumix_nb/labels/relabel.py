@@ -14,6 +14,7 @@ from .rules import RULES
 from ..models.tap import find_classifier
 from ..sumix.evidence import Passes
 from ..sumix.mix import Mix
+from ..sumix.mixed_loss import mixed_loss
 
 # %% ../../nbs/labels/20_relabel.ipynb #d31d2ecd
 class Relabel(Mix):
@@ -23,7 +24,7 @@ class Relabel(Mix):
     def __init__(self,
         mixer, # As for `Mix`
         rule="area", # A name of `RULES`, or called as `rule(evidence)`; may have `needs`
-        clean:str="no_grad", # How the clean images are passed: "no_grad", "concat" or "separate"
+        clean:str="no_grad", # Where clean logits come from, one of `CLEAN`
         update_bn:bool=True, # May the clean pass update BatchNorm's running statistics?
         layer=None, # The classifier or its name, where it is not the last linear layer
         seed:int|None=None, # As for `Mix`
@@ -70,7 +71,10 @@ def before_batch(self:Relabel):
     "Mix, and remember the clean batch"
     images = self.learn.xb[0].as_subclass(Tensor)
     Mix.before_batch(self)
-    self.learn.xb = (self.passes.inputs(self.mixed, images),)
+    loader = vars(getattr(self.learn, "dl", None) or self)
+    given = {name: loader.get(name) for name in ("index", "masks")}
+    inputs = self.passes.inputs(self.mixed, images, generator=self.generator.clone_state(), **given)
+    self.learn.xb = (inputs,)
 
 
 @patch
@@ -80,12 +84,23 @@ def after_pred(self:Relabel):
     self.evidence = self.passes.collect(self.learn.model, self.learn.pred)
     self.learn.pred = self.evidence.logits
 
-
+# %% ../../nbs/labels/20_relabel.ipynb #3015e044
 @patch
-def share(self:Relabel)->Tensor:
-    "The share (N,) that the rule gives; of a batch that was not mixed, that of the mixer"
+def weights(self:Relabel)->tuple[Tensor, Tensor|None]: # (N,) each; None: the rest up to 1
+    "The weights of both labels that the rule gives; if nothing was mixed, those of the mixer"
     mixed, evidence = self.mixed, self.evidence
     self.evidence = None
-    if mixed.untouched: return mixed.lam
-    evidence = evidence._replace(logits=self.learn.pred.as_subclass(Tensor))
-    return check_lam(self.rule(evidence), mixed.lam).detach()
+    if mixed.untouched: return mixed.lam, None
+    label = self.rule(evidence._replace(logits=self.learn.pred.as_subclass(Tensor)))
+    first, second = label if isinstance(label, tuple) else (label, None)
+    first = check_lam(first, mixed.lam).detach()
+    return first, None if second is None else check_lam(second, mixed.lam).detach()
+
+
+@patch
+def compute_loss(self:Relabel, logits:Tensor)->Tensor:
+    "The mixed loss of the batch, from the logits (N, K) of the mixed images"
+    mixed, (first, second), loss_func = self.mixed, self.weights(), self.learn.loss_func
+    whole = 1 if second is None else (first + second).clamp(min=1e-12)
+    self.remember(first / whole)
+    return mixed_loss(loss_func, logits, logits, mixed.target_a, mixed.target_b, first, second)

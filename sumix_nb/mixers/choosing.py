@@ -39,9 +39,13 @@ def join(
              for part in parts]
     masks = [mask.expand(len(row), 1, *sides) for mask, row in zip(masks, rows)]
     images = take_images(torch.cat([part.images for part in parts]), order)
+    def shown(maps):
+        pairs = zip(*(part.visible(maps[row]) for row, part in zip(rows, parts)))
+        return tuple(torch.cat(side)[order] for side in pairs)
     return Mixed(images, target, target[partner], lam, partner, torch.cat(masks)[order],
                  torch.cat(drawn).float()[order] if clipped else None,
-                 all(part.untouched for part in parts), checked=True)
+                 all(part.untouched for part in parts),
+                 shown if any(part.shown is not None for part in parts) else None, checked=True)
 
 # %% ../../nbs/mixers/70_choosing.ipynb #394af566
 def tell_statistics(mixer:Callable, mean:tuple, std:tuple)->Callable:

@@ -7,7 +7,9 @@ __all__ = ['sample_lam', 'sample_partner', 'Mixed', 'Mixer', 'unmixed', 'is_chan
 
 # %% ../../nbs/mixers/10_mixed.ipynb #260ff255
 import math
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, replace
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -45,6 +47,7 @@ class Mixed:
     mask:Tensor|None=None # (1|N, 1, H, W) weight of the first image at each pixel; None: `lam`
     drawn:Tensor|None=None # (N,) share of the first image as drawn, before clipping; None: `lam`
     untouched:bool=False # Were all images left as they are, so that nothing was mixed?
+    shown:Callable|None=None # For pixels that moved, as `visible`; None: all stayed where they were
     checked:InitVar[bool]=False # Are the values right by construction? Then they are not compared
 
     def __post_init__(self, checked): self.check(values=not checked)
@@ -87,6 +90,14 @@ def to(self:Mixed, device:str|torch.device)->Mixed:
              for name, part in vars(self).items() if isinstance(part, Tensor)}
     return replace(self, **parts, checked=True)
 
+# %% ../../nbs/mixers/10_mixed.ipynb #f00f4fc3
+@patch
+def visible(self:Mixed, maps:Tensor)->tuple[Tensor, Tensor]: # All (N, 1, H, W)
+    "What the mixture shows of the first and of the second image's `maps`, at its own pixels"
+    if self.shown is not None: return self.shown(maps)
+    weight = self.lam.view(-1, 1, 1, 1) if self.mask is None else self.mask
+    return weight * maps, (1 - weight) * maps.index_select(0, self.partner)
+
 # %% ../../nbs/mixers/10_mixed.ipynb #e23d5d09
 @patch
 def soft_target(self:Mixed, num_classes:int)->Tensor: # (N, K) float32
@@ -111,6 +122,7 @@ class Mixer:
     per_sample:bool=False # One draw for each sample instead of one for the batch
     p:float=1.0 # Probability of mixing (of the batch, or of each sample)
     clips = False # May the border take away a part of what was drawn?
+    shown = None # Of a mixer that moves pixels, as `Mixed.visible`: shown(partner, mask, maps)
 
     def __post_init__(self):
         if self.alpha is not None or type(self).alpha is not None:
@@ -137,7 +149,8 @@ class Mixer:
                       share.to(device, torch.float32, non_blocking=True).expand(n)
                       for share in (lam, drawn if self.clips else None))
         target_b = target.index_select(0, partner)
-        return Mixed(mixed, target, target_b, lam, partner, mask, drawn, checked=True)
+        shown = self.shown and partial(self.shown, partner, mask)
+        return Mixed(mixed, target, target_b, lam, partner, mask, drawn, shown=shown, checked=True)
 
     def draw(self, size, generator):
         "The (1|N,) wanted shares, float64 on the CPU, 1 where the coin `p` says not to mix"

@@ -9,6 +9,7 @@ __all__ = ['RESIZE_MODES', 'shrink', 'paste', 'source_lines', 'pick', 'paste_res
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,3 +134,18 @@ class ResizeMix(Mixer):
             mixed = paste_resized(images, take_images(images, partner), box, self.mode)
         mask = box_mask(box, height, width, images.device)
         return mixed, box_share(box, height, width), mask
+
+# %% ../../nbs/mixers/40_resizemix.ipynb #8da67238
+@patch
+def shown(self:ResizeMix,
+    partner:Tensor, # (N,) int64
+    mask:Tensor, # (1|N, 1, H, W) 0 inside the box, 1 outside
+    maps:Tensor, # (N, 1, H, W) of the images
+)->tuple[Tensor, Tensor]: # Both (N, 1, H, W)
+    "The images' maps outside the boxes, and those of their partners, whole and small, inside"
+    inside, box = mask[:, 0].expand(len(maps), -1, -1) == 0, []
+    for dim in (2, 1):
+        lines = inside.any(dim).int()
+        box += [lines.argmax(1), lines.argmax(1) + lines.sum(1)]
+    partners, nothing = take_images(maps, partner), torch.zeros_like(maps)
+    return maps * mask, paste_resized(nothing, partners, box, self.mode)

@@ -11,7 +11,6 @@ from functools import partial
 from importlib.util import find_spec
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models import ResNeXt50_32X4D_Weights, ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -92,12 +91,13 @@ class WideResNet(nn.Module):
             first = WideBlock(channels[stage - 1], channels[stage], stride, activate=stage == 1)
             rest = [WideBlock(channels[stage], channels[stage], 1, False) for _ in range(n - 1)]
             self.add_module(f"block{stage}", nn.Sequential(first, *rest))
-        self.norm, self.fc = wide_norm(channels[3]), nn.Linear(channels[3], c)
+        self.norm, self.pool = wide_norm(channels[3]), nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels[3], c)
 
     def forward(self, images:Tensor)->Tensor: # (N, 3, H, W) -> (N, K)
         "Logits"
         maps = self.norm(self.block3(self.block2(self.block1(self.conv1(images)))))
-        return self.fc(F.adaptive_avg_pool2d(maps, 1).flatten(1))
+        return self.fc(self.pool(maps).flatten(1))
 
 # %% ../../nbs/models/20_networks.ipynb #e74fe6db
 def from_timm(name:str, **options)->nn.Module: # (N, 3, H, W) -> (N, K)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'FeatureTap', 'unwrap', 'named_linears', 'find_classifier', 'check_classifier', 'read_logits',
-           'logits_and_features', 'find_stage', 'outputs_of', 'maps_of']
+           'logits_and_features', 'find_pool', 'find_stage', 'outputs_of', 'maps_of']
 
 # %% ../../nbs/models/10_tap.ipynb #f18c50d4
 from collections.abc import Mapping
@@ -122,6 +122,14 @@ def logits_and_features(
         logits = read_logits(model(images), classifier.out_features)
         check_classifier(classifier, tap.features, logits)
         return logits, tap.features
+
+# %% ../../nbs/models/10_tap.ipynb #34b4e42c
+def find_pool(model:nn.Module)->nn.Module:
+    "The layer that averages the last feature maps: the last `nn.AdaptiveAvgPool2d`"
+    pools = [x for x in unwrap(model).modules() if isinstance(x, nn.AdaptiveAvgPool2d)]
+    if pools: return pools[-1]
+    raise ValueError("`model` must average its last feature maps by nn.AdaptiveAvgPool2d, but "
+                     f"{type(unwrap(model)).__name__} has none")
 
 # %% ../../nbs/models/10_tap.ipynb #3e0c1ab3
 STAGES = {"resnet18": "layer3", "resnext50": "layer3", "wrn28_8": "block2",

@@ -92,10 +92,17 @@ def mixed_loss(
     target_a:Tensor, # Targets of the first images
     target_b:Tensor, # Targets of their partners
     lam:float|Tensor, # Weight of the first targets, a number or (N,), in [0, 1]
+    lam_b:Tensor|None=None, # (N,) weight of the second targets; None: the rest, `1 - lam`
 )->Tensor: # 0-d
     "`lam * loss(a) + (1 - lam) * loss(b)`, reduced as `loss_func` does"
     lam = check_lam(lam, full_precision(logits_a))
-    return many_loss(loss_func, (logits_a, logits_b), (target_a, target_b), (lam, 1 - lam))
+    logits, targets = (logits_a, logits_b), (target_a, target_b)
+    if lam_b is None: return many_loss(loss_func, logits, targets, (lam, 1 - lam))
+    lam_b = check_lam(lam_b, full_precision(logits_a))
+    summed = loss_setting(loss_func, "reduction", "mean") == "sum"
+    scale = torch.ones_like(lam).mean() if summed else (lam + lam_b).mean()
+    spare = (scale == 0).to(lam.dtype)  # if all weights are 0, so is the loss, and not 0 / 0
+    return scale * many_loss(loss_func, logits, targets, (lam + spare, lam_b + spare))
 
 # %% ../../nbs/sumix/30_mixed_loss.ipynb #5a0f8b64
 def mixed_cross_entropy(

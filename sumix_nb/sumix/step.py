@@ -36,14 +36,15 @@ class SUMixPasses(Passes):
     def __init__(self,
         xi:float=0.5, # Weight of the regulariser
         variant:str="poster", # "poster", "released" or "corrected"
-        clean:str="no_grad", # How the clean images are passed: "no_grad", "concat" or "separate"
+        clean:str="no_grad", # Where the clean logits come from, one of `CLEAN`
         update_bn:bool=True, # May the clean pass update BatchNorm's running statistics?
         hidden:tuple=(), # Sizes of the hidden layers of the uncertainty head
         z:str="logits", # What distances are measured between: "logits" or "features"
         relabel:bool=True, # Label by lambda~? If not, by lambda, with the regulariser added
         layer=None, # The classifier or its name, where it is not the last linear layer
     ):
-        super().__init__(Evidence._fields[1:5], clean, update_bn, layer)
+        parts = ("logits", "features", "clean_logits", "clean_features")
+        super().__init__(parts, clean, update_bn, layer)
         check_number("xi", xi, 0, math.inf)
         check_choice("variant", variant, VARIANTS)
         check_choice("z", z, ("logits", "features"))
@@ -78,14 +79,14 @@ def detach(self:SUMixPasses):
 
 # %% ../../nbs/sumix/55_step.ipynb #4900e8b0
 @patch
-def inputs(self:SUMixPasses, mixed:Mixed, images:Tensor)->Tensor:
+def inputs(self:SUMixPasses, mixed:Mixed, images:Tensor, **given)->Tensor:
     "As of `Passes`, but for class indices only"
     target, classes = mixed.target_a, self.classifier.out_features
     if target.ndim != 1 or target.is_floating_point() or classes < 2:
         raise ValueError("SUMix needs class indices (N,) of at least 2 classes as labels, got "
                          f"{target.dtype} {tuple(target.shape)} and {classes} outputs: `Mix` "
                          "trains with soft, multi-label, binary and regression targets")
-    return Passes.inputs(self, mixed, images)
+    return Passes.inputs(self, mixed, images, **given)
 
 
 @patch
@@ -124,10 +125,11 @@ class SUMixStep(SUMixPasses):
     def __call__(self,
         images:Tensor, # (N, C, H, W) normalised images
         target:Tensor, # (N,) class indices
+        index:Tensor|None=None, # (N,) number of each image in its set, for clean="bank"
     )->SUMixTerms: # Call `.loss.backward()` on it
         "Mix the batch, pass it, and compute the loss"
         mixed = self.mixer(images, target, model=self.model, generator=self.generator)
-        output = self.model(self.inputs(mixed, images))
+        output = self.model(self.inputs(mixed, images, index=index))
         return self.terms(self.collect(self.model, output), self.loss_func)
 
     def parameters(self): return self.model.parameters() # those of the head among them

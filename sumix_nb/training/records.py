@@ -58,6 +58,7 @@ def make_record(recipe:Recipe, learn)->dict:
             "seconds": sum(epoch["seconds"] for epoch in log.epochs),
             "seconds_per_step": min(epoch["seconds_per_step"] for epoch in log.epochs),
             "epochs": log.epochs, "ratio_curve": log.ratio_curve, "reliability": log.reliability,
+            **({"by_size": learn.size_log.by_size} if hasattr(learn, "size_log") else {}),
             "device": device_name(device), "peak_memory": peak_memory(device),
             "versions": {"python": platform.python_version(), **packages}}
 
@@ -144,7 +145,8 @@ def label_of(recipe:dict)->str:
     if recipe["mixer"] == "none": return "plain"
     added = {"mce": "", "sumix": " + SUMix", "mce_bn": " + clean BatchNorm",
              "mce_clean": " + clean loss"}
-    return (MIXERS | LEARNED)[recipe["mixer"]].__name__ + added[recipe["method"]]
+    rule = "" if recipe["label_rule"] == "area" else f", {recipe['label_rule']}"
+    return (MIXERS | LEARNED)[recipe["mixer"]].__name__ + added[recipe["method"]] + rule
 
 
 def runs_frame(records:list[dict])->pd.DataFrame:

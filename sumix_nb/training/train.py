@@ -29,6 +29,8 @@ from torch import Tensor
 from ..data.loaders import get_dls
 from ..data.sources import SOURCES
 from ..evaluation.calibration import reliability_curve, reliability_sums
+from ..evaluation.label_rules import SizeLog
+from ..labels import Relabel
 from ..mixers.choosing import MIXERS
 from ..models.networks import begin_small, get_model
 from ..stopping import make_folder
@@ -36,7 +38,7 @@ from ..sumix.adautomix import LEARNED
 from ..sumix.callback import SUMix
 from ..sumix.mix import Mix
 from .processes import distribute, local_device
-from .recipe import Recipe
+from .recipe import MASKED, Recipe
 from .records import git_commit, make_record, write_record
 from .resume import Checkpoint
 from .steps import Autocast, LossNumbers, SpareFromDecay, WeightAverage, cosine
@@ -139,7 +141,9 @@ def make_mix(recipe:Recipe, steps:int)->list[Callback]:
     shared = {"alpha": recipe.alpha, "per_sample": recipe.per_sample, "p": recipe.p}
     mixer = MIXERS[recipe.mixer](**shared | recipe.mixer_options)
     options = {"seed": recipe.seed, "keep": steps, "off_after": recipe.off_after}
-    if recipe.method == "mce": return [Mix(mixer, **options)]
+    if recipe.method == "mce":
+        if recipe.label_rule == "area": return [Mix(mixer, **options)]
+        return [Relabel(mixer, recipe.label_rule, recipe.clean, recipe.update_bn, **options)]
     if recipe.method in ("mce_bn", "mce_clean"):
         return [MixWithClean(mixer, learn_clean=recipe.method == "mce_clean", **options)]
     with no_random(recipe.seed):
@@ -156,8 +160,10 @@ def make_learner(
     "A `Learner` for a recipe, initialised by its seed"
     shared = ("bs", "size", "seed", "valid", "limit", "view", "stats", "drop_last")
     dls = get_dls(recipe.data, path=path, device=device, workers=workers,
+                  masks=recipe.data in MASKED and recipe.view in (None, "crop"),
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
+    if getattr(dls.valid_ds, "masks", None) is not None: callbacks.append(SizeLog())
     if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))

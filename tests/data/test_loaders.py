@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from sumix_nb.data import loaders
-from sumix_nb.data.loaders import STATS, FileDL, ImageDataLoaders, ImageSet, TensorDL, balanced_subset
-from sumix_nb.data.loaders import check_memory, choose_images, get_dls, limits_of
+from sumix_nb.data.choosing import balanced_subset, choose_images, limits_of
+from sumix_nb.data.loaders import STATS, FileDL, ImageDataLoaders, ImageSet, TensorDL, check_memory, get_dls
 from sumix_nb.data.sources import SOURCES, read_digits, read_folders
 from tests.data.oracles import MAKERS, NAMES, tiny_model, write_image
 
@@ -84,7 +84,7 @@ def test_one_image_in_a_class_cannot_be_held_out(folders):
 
 
 @pytest.mark.parametrize("arguments, error, text", [
-    (dict(name=7), ValueError, "`name` must be one of ('digits', 'scenes', 'cifar10',"),
+    (dict(name=7), ValueError, "`name` must be one of ('digits', 'scenes', 'hard_scenes', 'cifar10',"),
     (dict(bs=0), ValueError, "`bs` must be at least 1, got 0"),
     (dict(bs=True), TypeError, "`bs` must be a whole number"),
     (dict(bs=1798), ValueError, "`bs` is 1798, but there are only 1442 training images"),
@@ -350,3 +350,17 @@ def test_copies_repeat_the_next_epoch(clone):
     twin = clone(dls)
     assert twin.train.generator is twin.train.after_batch[0].generator
     assert same(batches(dls.train), batches(twin.train))
+
+
+def test_masks_come_with_their_images_and_a_loader_says_which_those_are():
+    dls = get_dls("scenes", bs=50, limit=(120, 60), device="cpu", masks=True)
+    plain = get_dls("scenes", bs=50, limit=(120, 60), device="cpu")
+    for loader, other in zip(dls, plain, strict=True):
+        for (images, target), (same, same_target) in zip(loader, other, strict=True):
+            assert torch.equal(images, same) and torch.equal(target, same_target)
+            assert loader.masks.shape == (len(images), 1, 32, 32) and loader.masks.dtype == torch.bool
+            assert torch.equal(loader.index, other.index) and other.masks is None
+            assert torch.equal(loader.dataset.target[loader.index], target.as_subclass(torch.Tensor))
+    assert torch.equal(dls.valid.masks, dls.valid_ds.masks[dls.valid.index])
+    assert not torch.equal(dls.train.masks, dls.train_ds.masks[dls.train.index])  # moved as their images are
+    with pytest.raises(ValueError, match="`masks` must be False for digits"): get_dls("digits", masks=True)

@@ -203,6 +203,9 @@ def test_scenes_have_the_statistics_of_the_table():
     assert len(names) == source.n_classes and torch.equal(data["test"].target, drawn.target)
     assert torch.equal(decode_images(data["test"].items, 32), drawn.images)
     check_statistics(decode_images(data["train"].items, 32), source, 3e-3)
+    assert torch.equal(torch.stack([image.info["mask"] for image in data["test"].items]), drawn.masks)
+    hard, _ = read_set(SOURCES["hard_scenes"])
+    check_statistics(decode_images(hard["train"].items, 32), SOURCES["hard_scenes"], 5e-3)
     with pytest.raises(ValueError, match="`size`"): get_dls("scenes", size=8, device="cpu")
 
 

@@ -3,13 +3,22 @@ from functools import partial
 
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import IntToFloatTensor
 from torch import nn
+from torch.nn import functional as F
 
-from sumix_nb.labels import Relabel
+from sumix_nb.data.augment import RandomCropFlip
+from sumix_nb.data.loaders import ImageSet, TensorDL
+from sumix_nb.data.scenes import scenes
+from sumix_nb.labels import RULES, Relabel
 from sumix_nb.labels.rules import Ratio
 from sumix_nb.mixers.cutmix import CutMix
-from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.callback import TRAINING, SUMix
 from sumix_nb.sumix.mix import Mix
+from sumix_nb.models.networks import get_model
+from sumix_nb.training.resume import Checkpoint
 from tests.sumix.learners import EIGHTHS, K, Fixed, Spy, fit, learner, make_dls, same, weights, without_bn
 from tests.sumix.oracles import repeated_loss
 
@@ -35,7 +44,7 @@ def test_the_area_trains_as_mix_does_and_the_draw_by_what_was_drawn_without_a_cl
     assert all(passes == 24 and not learn.model[-1]._forward_pre_hooks for learn, passes in runs)
 
 
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 @pytest.mark.parametrize("variant", ["poster", "corrected", "released"])
 def test_sumix_without_its_regulariser_is_relabel_with_its_ratio(variant, clean):
     torch.manual_seed(1)
@@ -87,7 +96,112 @@ def test_what_is_no_rule_is_refused(rule, error):
 
 
 def test_needs_that_cannot_be_collected_are_named():
-    class Maps:
-        needs = ("maps",)
+    class Odd:
+        needs = ("odour",)
         def __call__(self, evidence): return evidence.mixed.lam
-    with pytest.raises(ValueError, match="`needs` must be one of .*got 'maps'"): Relabel(CutMix(), Maps())
+    with pytest.raises(ValueError, match="`needs` must be one of .*got 'odour'"): Relabel(CutMix(), Odd())
+    with pytest.raises(ValueError, match="`rule` needs object masks"): fit(learner(Relabel(CutMix(), "oracle")))
+    with pytest.raises(ValueError, match="must average its last feature maps"):
+        learner(Relabel(CutMix(), "cam"), model=nn.Sequential(nn.Flatten(), nn.Linear(108, K)))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    "Loaders of scenes with their masks"
+    sets = [ImageSet(part.images, part.target, part.vocab, i, part.masks)
+            for i, part in enumerate([scenes(48, 16), scenes(24, 16, 1)])]
+    generator = torch.Generator()
+    augment = [RandomCropFlip(2, True, generator), IntToFloatTensor()]
+    return DataLoaders(TensorDL(sets[0], bs=16, shuffle=True, generator=generator, after_batch=augment),
+                       TensorDL(sets[1], bs=24, after_batch=[IntToFloatTensor()]), device=torch.device("cpu"))
+
+
+def narrow():
+    torch.manual_seed(0)
+    return get_model("resnet18", 24, width=4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_and_labels_the_same_mixtures(drawn, rule):
+    drawn.train.epoch = 0
+    learn = fit(learner(Relabel(CutMix(per_sample=True), rule, seed=0), model=narrow(), dls=drawn))
+    lam, share = learn.relabel.shares()
+    drawn.train.epoch = 0
+    area = fit(learner(Relabel(CutMix(per_sample=True), seed=0), model=narrow(), dls=drawn)).relabel.shares()[0]
+    assert torch.equal(lam, area) and share.isfinite().all() and ((share >= 0) & (share <= 1)).all()
+    assert torch.equal(lam, share) == (rule == "area")
+
+
+def test_the_oracle_counts_the_pixels_that_the_network_is_shown(drawn):
+    class Both:
+        needs = ("masks", "images")
+        def __call__(self, evidence):
+            self.seen = evidence
+            return RULES["oracle"](evidence)
+    fit(learner(Relabel(CutMix(per_sample=True), rule := Both(), seed=0), model=narrow(), dls=drawn))
+    mixed, masks = rule.seen.mixed, rule.seen.masks
+    assert masks.dtype == torch.bool and masks.shape == (16, 1, 16, 16)
+    for i, j in enumerate(mixed.partner.tolist()):
+        own = mixed.mask[i, 0] == 1
+        m_a, m_b = int((masks[i, 0] & own).sum()), int((masks[j, 0] & ~own).sum())
+        expected = m_a / (m_a + m_b) if m_a + m_b else mixed.lam[i].item()
+        assert abs(RULES["oracle"](rule.seen)[i].item() - expected) < 1e-6
+
+
+def test_a_pair_of_weights_makes_the_loss_smaller():
+    class Pair:
+        def __call__(self, evidence): return torch.full((8,), 0.5), torch.full((8,), 0.25)
+    spy, learn = Spy(), learner(Relabel(Fixed(), Pair()), model=without_bn())
+    fit(learn, cbs=spy)
+    for batch in spy.batches:
+        pred, target_b = batch.pred.as_subclass(torch.Tensor), batch.y[torch.arange(8) ^ 1]
+        one, two = (F.cross_entropy(pred, target.as_subclass(torch.Tensor)) for target in (batch.y, target_b))
+        torch.testing.assert_close(batch.loss.as_subclass(torch.Tensor), 0.5 * one + 0.25 * two)
+    torch.testing.assert_close(learn.relabel.shares()[1], torch.full((24,), 2 / 3))
+
+
+@pytest.mark.parametrize("clean", ["eval", "means", "bank"])
+def test_what_is_remembered_costs_few_passes_and_survives_a_checkpoint(clean, tmp_path, drawn):
+    def made():
+        drawn.train.epoch = 0
+        return learner(SUMix(CutMix(per_sample=True), clean=clean, seed=0), model=narrow(), dls=drawn)
+    def count(learn):
+        passes = []
+        learn.model.register_forward_pre_hook(lambda model, inputs: passes.append(len(inputs[0]) * learn.training))
+        return passes
+    learn = made()
+    passes = count(learn)
+    with learn.no_bar(): learn.fit(3, 0.02, cbs=Checkpoint(tmp_path, "whole"))
+    wanted = 3 * 48 + {"eval": 3 * 48, "bank": 48 + 6, "means": sum(passes) - 3 * 48}[clean]
+    assert sum(passes) == wanted <= 3 * 96
+
+    stopped = made()
+    class Stop(Callback):
+        only_watches = True
+        def after_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), stopped.no_bar():
+        stopped.fit(3, 0.02, cbs=[Stop(), Checkpoint(tmp_path, "part")])
+    again = made()
+    with again.no_bar(): again.fit(3, 0.02, cbs=Checkpoint(tmp_path, "part"))
+    same(weights(again.model), weights(learn.model))
+
+
+def test_a_bank_holds_what_each_image_gave_when_it_was_last_seen_clean(drawn):
+    drawn.train.epoch, given = 0, {}
+    class Watch(Callback):
+        order, run_valid = 20, False
+        def after_loss(self):
+            if self.learn.epoch: return
+            for row, logits in zip(self.dl.index.tolist(), self.learn.pred.detach()): given[row] = logits
+    learn = learner(SUMix(CutMix(p=0.0), clean="bank", seed=0), model=narrow(), dls=drawn)
+    fit(learn, cbs=Watch())
+    memory = learn.sumix.passes.memories["bank"]
+    assert len(memory.counts) == len(given) == 48
+    for row, logits in given.items():
+        torch.testing.assert_close(memory.tables[0][row], logits.as_subclass(torch.Tensor))
+
+
+def test_a_bank_needs_a_loader_that_counts():
+    with pytest.raises(ValueError, match='`clean` must not be "bank"'): fit(learner(SUMix(CutMix(), clean="bank")))
+    with pytest.raises(ValueError, match="`clean` must pass the images"): Relabel(CutMix(), "snapmix", clean="means")

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from sumix_nb.data.loaders import get_dls
 from sumix_nb.mixers.mixed import Mixed
-from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.callback import TRAINING, SUMix
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.sumix.step import HEAD_NAME
 
 N, K = 24, 4
-KINDS = {"Mix": Mix, **{f"SUMix {clean}": partial(SUMix, clean=clean) for clean in CLEAN}}
+KINDS = {"Mix": Mix, **{f"SUMix {clean}": partial(SUMix, clean=clean) for clean in TRAINING}}
 EIGHTHS = [6, 1, 8, 3, 0, 5, 7, 2]
 WEIGHT = torch.tensor([10.0, 1.0, 0.5, 2.0])
 LOSSES = {

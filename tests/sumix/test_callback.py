@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sumix_nb.mixers.choosing import OneOf
 from sumix_nb.mixers.cutmix import CutMix
-from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.callback import TRAINING, SUMix
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.sumix.step import HEAD_NAME
 from tests.sumix.oracles import scalar_oracle
@@ -59,7 +59,7 @@ def test_sumix_trains_on_the_learners_own_loss(name, variant):
 
 
 @pytest.mark.parametrize("z", ["logits", "features"])
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 @pytest.mark.parametrize("variant", ["poster", "corrected"])
 def test_sumix_loss_ratio_and_gradients_in_a_learner_equal_loops_over_samples(variant, clean, z):
     learn, spy = learner(SUMix(Fixed(), xi=0.7, variant=variant, clean=clean, z=z), model=without_bn(), lr=0.0), Spy()
@@ -191,7 +191,7 @@ def test_a_compiled_network_trains_as_the_plain_one(how, when):
 
 # ---- batches that are not mixed ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 def test_batches_that_the_coin_leaves_alone_cost_one_pass_and_one_update_of_batchnorm(clean):
     cb, passes = SUMix(OneOf([CutMix()], p=[0.5]), seed=0, clean=clean), []
     learn = learner(cb, dls=make_dls(n=160))
@@ -223,7 +223,7 @@ class Auxiliary(Named):
         return self.fc(features) + 0 * self.auxiliary(features)
 
 
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 def test_an_auxiliary_layer_of_the_right_size_is_not_taken_for_the_classifier(clean):
     learn = learner(SUMix(CutMix(), clean=clean), model=Auxiliary())
     before = weights(learn.model)

@@ -228,7 +228,7 @@ def test_a_learner_exported_after_an_interrupt_holds_no_images_either(tmp_path):
         learn.export("whole.pkl")
         cb = exported(tmp_path / "whole.pkl").sumix
         assert cb.mixed is cb.evidence is cb.passes.batch is None
-        assert cb.passes.tap.features is None
+        assert cb.passes.taps["features"].features is None
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -240,4 +240,4 @@ def test_the_network_can_be_copied_within_a_batch(kind, event, clone):
     fit(learn, cbs=At(event, lambda: copies.append((clone(learn.model).train(), weights(learn.model)))))
     same(weights(copies[0][0]), copies[0][1])
     assert copies[0][0](x).shape == (2, K)
-    if kind != "Mix": assert learn.sumix.passes.tap.features is None is not copies[0][0][-1].uncertainty
+    if kind != "Mix": assert learn.sumix.passes.taps["features"].features is None is not copies[0][0][-1].uncertainty

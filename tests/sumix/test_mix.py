@@ -125,7 +125,7 @@ def test_validation_uses_no_dice_and_leaves_no_features_behind(kind):
     draws, history, mixed = cb.generator.get_state(), list(cb.history), cb.mixed
     learn.validate(), learn.get_preds()
     assert torch.equal(draws, cb.generator.get_state()) and list(cb.history) == history and cb.mixed is mixed
-    if kind != "Mix": assert cb.passes.tap.features is None
+    if kind != "Mix": assert cb.passes.taps["features"].features is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from fastai.data.transforms import Normalize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.callback import TRAINING, SUMix
 from sumix_nb.sumix.mix import Mix, normalisation
 from sumix_nb.data.loaders import get_dls
 from sumix_nb.training.steps import Autocast
@@ -82,7 +82,7 @@ def test_sumix_trains_on_every_mixer_with_finite_losses_and_moves_its_head(mixer
     assert all(part.grad is not None and part.grad.isfinite().all() for part in learn.model[-1].parameters())
 
 
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 def test_sumix_takes_a_list_and_its_loss_is_that_of_the_mixture_that_was_made(clean):
     callback, seen = SUMix([CutMix(), FMix(per_sample=True)], seed=0, clean=clean), []
     class Keep(Callback):
@@ -126,7 +126,7 @@ def test_mixers_learn_from_the_dataloaders_how_images_were_normalised_and_stay_a
     assert normalisation(make_dls()) is None and normalisation(None) is None
 
 
-@pytest.mark.parametrize("kind", [Mix, *(partial(SUMix, clean=clean) for clean in CLEAN)])
+@pytest.mark.parametrize("kind", [Mix, *(partial(SUMix, clean=clean) for clean in TRAINING)])
 def test_after_off_after_nothing_is_mixed_and_the_loss_is_the_usual_one(kind):
     callback, usual = kind(CutMix(per_sample=True), seed=0, off_after=0.5), []
     class Usual(Callback):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sumix_nb.mixers.choosing import OneOf
 from sumix_nb.mixers.cutmix import CutMix
-from sumix_nb.sumix.callback import CLEAN, SUMix
+from sumix_nb.sumix.callback import TRAINING, SUMix
 from sumix_nb.sumix.step import HEAD_NAME, SUMixStep
 from tests.sumix.learners import K, Fixed, Spy, fit, learner, with_bn, without_bn
 
@@ -20,7 +20,7 @@ def batch(n=8, size=6):
     return torch.randn(n, 3, size, size, generator=generator), torch.randint(K, (n,), generator=generator)
 
 
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 @pytest.mark.parametrize("options", [{}, {"variant": "released"}, {"z": "features", "hidden": (5,)}, {"relabel": False},
                                      {"xi": 2.0, "variant": "corrected"}])
 def test_a_plain_loop_sees_the_losses_and_gradients_of_the_callback(options, clean):
@@ -57,7 +57,7 @@ class Returns(nn.Module):
         return self.pack(self.net[-1](features), features)
 
 
-@pytest.mark.parametrize("clean", CLEAN)
+@pytest.mark.parametrize("clean", TRAINING)
 @pytest.mark.parametrize("pack", [lambda z, f: (z,), lambda z, f: (f, z), lambda z, f: {"logits": z, "features": f},
                                   lambda z, f: {"out": z}, lambda z, f: SimpleNamespace(logits=z, loss=None)])
 def test_logits_are_found_in_tuples_dictionaries_and_objects(pack, clean):

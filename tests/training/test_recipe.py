@@ -10,6 +10,7 @@ from sumix_nb.data.files import VIEWS
 from sumix_nb.data.loaders import STATS
 from sumix_nb.data.sources import SOURCES
 from sumix_nb.models.networks import MODELS
+from sumix_nb.labels import RULES
 from sumix_nb.sumix.adautomix import LEARNED
 from sumix_nb.sumix.callback import CLEAN
 from sumix_nb.sumix.ratio import VARIANTS
@@ -70,7 +71,8 @@ def test_a_recipe_survives_json():
 
 def test_the_words_are_those_of_the_registries():
     registries = {"data": SOURCES, "view": (None, "crop", *VIEWS), "stats": (None, *STATS), "model": MODELS,
-                  "mixer": ("none", *MIXERS, *LEARNED), "variant": VARIANTS, "clean": CLEAN}
+                  "mixer": ("none", *MIXERS, *LEARNED), "variant": VARIANTS, "clean": CLEAN,
+                  "label_rule": RULES}
     for name, registry in registries.items(): assert set(CHOICES[name]) == set(registry), name
 
 
@@ -78,3 +80,13 @@ def test_a_recipe_needs_no_fastai():
     code = ("import sys, sumix_nb.training.recipe as r; r.Recipe().name; "
             "print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'torchvision', 'pandas')])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_label_rule_needs_what_it_labels_and_defaults_keep_their_names():
+    assert Recipe().name == "digits-resnet18-none-mce-e10-s0-44136fa3"
+    assert Recipe(mixer="cutmix", label_rule="half").name != Recipe(mixer="cutmix").name
+    for wrong in ({}, {"mixer": "cutmix", "method": "sumix"}):
+        with pytest.raises(ValueError, match='`label_rule` must be "area" unless'): Recipe(label_rule="half", **wrong)
+    with pytest.raises(ValueError, match="`label_rule` 'oracle' needs object masks"):
+        Recipe(mixer="cutmix", label_rule="oracle")
+    assert Recipe(mixer="cutmix", label_rule="oracle", data="hard_scenes").label_rule == "oracle"
