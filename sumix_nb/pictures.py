@@ -53,6 +53,7 @@ def show_images(
             axes = plt.subplots(rows, columns, figsize=size, squeeze=False)[1].ravel()
             for ax in axes[n:]: ax.remove()
         for ax, image, title in zip(axes, images.detach().float().cpu(), titles or [""] * n):
+            image = image.clamp(0, 1)
             ax.imshow(image.permute(1, 2, 0) if image.ndim == 3 else image, vmin=0, vmax=1)
             ax.set_title(title)
             ax.set(xticks=[], yticks=[])
