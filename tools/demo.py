@@ -30,7 +30,7 @@ def train_arms(recipe, arms, data_dir, out):
     records = []
     for arm in arms:
         current = replace(recipe, **arm)
-        print(f"\n{label_of({'method': 'mce', **arm})}", flush=True)
+        print(f"\n{label_of(vars(current))}", flush=True)
         try: learn = make_learner(current, data_dir)
         except (ValueError, OSError) as error: raise SystemExit(f"demo: {error}") from None
         records.append(train(current, folder=out, learn=learn, progress=sys.stdout.isatty()))

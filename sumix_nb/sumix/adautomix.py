@@ -96,7 +96,7 @@ def collect(self:AdAutoMixPasses, model, output)->Evidence:
         faded = self.mix(images, target, maps, shares[1], rows[1], plain=True)
     if len(rows[0]) > 2: plain = self.study(model, faded.images)[0]
     self.judged = judged, target, taught, known, plain
-    return Evidence(mixed, *self.study(model, mixed.images), *clean)
+    return Evidence(mixed, *self.study(model, mixed.images), None, *clean)
 
 # %% ../../nbs/sumix/90_adautomix.ipynb #b09d3fb6
 def many_ratio(

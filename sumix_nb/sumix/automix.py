@@ -69,7 +69,7 @@ class AutoMixPasses(LearnedPasses):
         with torch.no_grad():
             mixed = self.mix(images, target, maps, lams[1], partners[1], self.lam_margin)
         self.judged = judged, lams[0], self.teach(judged.images)
-        return Evidence(mixed, *self.study(model, mixed.images), *clean)
+        return Evidence(mixed, *self.study(model, mixed.images), None, *clean)
 
 # %% ../../nbs/sumix/80_automix.ipynb #0d711be0
 class AutoMixTerms(NamedTuple):

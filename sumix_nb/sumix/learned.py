@@ -126,7 +126,7 @@ def detach(self:LearnedPasses):
 
 
 @patch
-def inputs(self:LearnedPasses, mixed:Mixed, images:Tensor)->Tensor:
+def inputs(self:LearnedPasses, mixed:Mixed, images:Tensor, **given)->Tensor:
     "Remember the batch, whose labels must be class indices; the clean images are passed first"
     target = mixed.target_a
     if target.ndim != 1 or target.is_floating_point():
@@ -140,8 +140,8 @@ def inputs(self:LearnedPasses, mixed:Mixed, images:Tensor)->Tensor:
 def teach(self:LearnedPasses, images:Tensor)->Tensor:
     "The teacher's logits (N, K) from its mixed head"
     self.parts.teacher(self.network, images)
-    features, self.tap.features = self.tap.features, None
-    head = self.parts.head
+    tap, head = self.taps["features"], self.parts.head
+    features, tap.features = tap.features, None
     return self.parts.teacher_head(head, features.as_subclass(Tensor).to(head.weight.dtype))
 
 
