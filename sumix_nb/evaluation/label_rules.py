@@ -28,7 +28,7 @@ class Judged(NamedTuple):
     "What M mixtures show, and what each rule says"
     shares:dict # Rule -> (M,) share of the first image
     truths:Tensor # (2, M) by object pixels, by each object's own; NaN if unknown or of one class
-    visible:Tensor # (2, M) part of each object that can be seen; NaN where there is none
+    visible:Tensor # (2, M) part of each object that can be seen; NaN without an object
     sizes:Tensor # (2, M) share of its image that each object covers
     sources:Tensor # (2, M) rows of the images that each mixture is made of
 
