@@ -30,6 +30,18 @@ def test_fgsm_equals_the_recorded_tools(golden, case):
     assert clamped > 0.7 and cases[case, "legacy_eps0_error"] == cases[case, "legacy_error"]
 
 
+def test_attacks_are_those_of_captum():
+    robust = pytest.importorskip("captum.robust")
+    facts = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    pixels, model = torch.rand(IMAGES.shape, generator=torch.Generator().manual_seed(1)), Colours(5).eval()
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+    wanted = robust.FGSM(model, loss, 0.0, 1.0).perturb(pixels, 0.05, TARGET)
+    torch.testing.assert_close(fgsm(model, pixels, TARGET, 0.05, **facts), wanted)
+    wanted = robust.PGD(model, loss, 0.0, 1.0).perturb(pixels, 0.05, 0.02, 6, TARGET)
+    found = pgd(model, pixels, TARGET, 0.05, step=0.02, steps=6, start=pixels, **facts)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("case", ["f0", "f1"])
 def test_pgd_equals_the_recorded_script(golden, case):
     cases = golden("evaluation_official.npz")

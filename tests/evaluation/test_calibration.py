@@ -47,6 +47,16 @@ def test_errors_equal_the_recorded_ones_and_not_the_sorted_ones(golden, case):
     assert fine == pytest.approx(cases[case, "ece_torchmetrics_15"], abs=1e-6)
 
 
+@pytest.mark.parametrize("bins", [5, 15])
+def test_the_error_is_that_of_torchmetrics(bins):
+    metrics = pytest.importorskip("torchmetrics.functional.classification")
+    draws = torch.Generator().manual_seed(bins)
+    logits, target = 3 * torch.randn(400, 6, generator=draws), torch.randint(6, (400,), generator=draws)
+    wanted = metrics.multiclass_calibration_error(logits.softmax(1), target, 6, n_bins=bins).item()
+    found = calibration_error(reliability_curve(reliability_sums(logits, target, bins)))
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("factor", [0.3, 1, 4])
 def test_the_temperature_is_that_of_a_grid(factor):
     draws = torch.Generator().manual_seed(3)

@@ -38,6 +38,16 @@ def test_maps_equal_the_recorded_package(golden, case, layer):
             close(raw.clamp(min=0), cases[case, f"{layer}_captum_relu"], 1e-3)
 
 
+def test_gradcam_is_that_of_captum():
+    attr = pytest.importorskip("captum.attr")
+    torch.manual_seed(0)
+    model = get_model("resnet18", 5, width=8).eval()
+    layer = model.get_submodule("layer3")
+    wanted = attr.LayerGradCam(model, layer).attribute(IMAGES, target=TARGET, relu_attributions=True)
+    wanted = torch.nn.functional.interpolate(wanted.detach(), IMAGES.shape[2:], mode="bilinear", align_corners=False)
+    close(cam(model, IMAGES, TARGET, "layer3"), stretched(wanted[:, 0]), 1e-3)
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_in_place_sums_do_not_reach_the_kept_maps(golden, inplace):
     cases = golden("evaluation_official.npz")
