@@ -19,7 +19,7 @@ WAYS = {"plain": {}, "CutMix": {"mixer": "cutmix", **SHARED},
         "SUMix": {"mixer": "cutmix", "method": "sumix", "variant": "corrected", "clean": "eval", **SHARED}}
 
 
-def runs(seeds, epochs=8, limit=None):
+def runs(seeds, epochs=12, limit=None):
     "The recipes, a seed after the other"
     return [Recipe(data=DATA, epochs=epochs, limit=limit, precision="bf16", validate_every=4, seed=seed, **options)
             for seed in range(seeds) for options in WAYS.values()]
