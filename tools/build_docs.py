@@ -314,6 +314,7 @@ MENUS = {'<nav class="navbar ': "Site", '<nav class="quarto-secondary-nav"': "Wh
          '<nav id="quarto-sidebar"': "Pages", '<nav class="page-navigation"': "Next and previous page"}
 STRIP = 3.5  # From this ratio of width to height on, a figure scrolls on a telephone instead of shrinking
 FIGURE = re.compile(r'<img (?=[^>]*src="data:image/(?:png|jpeg);base64,([^"]*)")')
+NOTEBOOK = re.compile(r"\]\(nbs/((?:\w+/)*)(?:\d+_)?(\w+)\.ipynb\)")  # a link to it, in text that machines read
 SKIP_LINK = '<a class="skip-link" href="#quarto-document-content">Skip to the content</a>'
 
 
@@ -354,6 +355,8 @@ def make_offline(docs):
         path.write_text(finish_page(path.read_text(encoding="utf-8"), up), encoding="utf-8")
     for path in sorted(docs.rglob("*.llms.md")):  # copies for machines that read: text without pictures
         text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", path.read_text(encoding="utf-8"))
+        up = "../" * (len(path.relative_to(docs).parts) - 1)
+        text = NOTEBOOK.sub(rf"]({up}\1\2.llms.md)", text)
         path.write_text(text, encoding="utf-8")
     for folder in sorted(docs.rglob("*_files")): shutil.rmtree(folder)
     search = docs / "search.json"

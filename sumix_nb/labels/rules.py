@@ -26,7 +26,7 @@ def drawn(evidence:Evidence)->Tensor:
 
 
 def permuted(evidence:Evidence)->Tensor:
-    "A control: the area of another mixture of the batch"
+    "A control: the area of another mixture; it says nothing if each mixture has a share of its own"
     return evidence.mixed.lam.roll(1)
 
 # %% ../../nbs/labels/10_rules.ipynb #477b9ae0
