@@ -13,6 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tests run in two processes on two cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us with `&` ignores Ctrl-C, our children too
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("SUMIX_GOLDEN", ROOT.parent / "shared" / "golden"))

@@ -18,7 +18,7 @@ from sumix_nb.running.evaluate import read_evaluation, subject_of, sumix_evaluat
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records
 from sumix_nb.training.train import make_learner, train
-from tests.conftest import ROOT, finish
+from tests.conftest import LIMIT, ROOT, finish
 
 RECIPE = Recipe(width=4, limit=(60, 20), bs=20, epochs=1, lr=0.02)
 
@@ -230,6 +230,6 @@ def test_the_module_is_the_command(run, tmp_path, command):
     words = ["-m", "sumix_nb.running.evaluate", run[1] / "weights", "--on", "calibration", "--out", tmp_path]
     for _ in range(2):
         done = command(*words, PYTHONWARNINGS="ignore")
-        output, errors = done.communicate()
+        output, errors = done.communicate(timeout=LIMIT)
         assert done.returncode == 0 and errors == "" and output.count("\n") == 1, errors
     assert "calibration" in output and len([*(tmp_path / "evaluation").iterdir()]) == 1

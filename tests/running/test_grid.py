@@ -21,7 +21,7 @@ from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records, write_record
 from sumix_nb.training.resume import read_checkpoint
 from sumix_nb.training.train import train
-from tests.conftest import CONTEXT, wait_until
+from tests.conftest import CONTEXT, LIMIT, wait_until
 
 TINY = {"width": 4, "limit": 60, "bs": 20, "lr": 0.02}
 TWELVE = recipe_grid(mixer=["none", "cutmix", "mixup"], seed=range(4), epochs=12, **TINY)
@@ -157,7 +157,7 @@ def test_a_stopped_grid_says_one_line_and_keeps_its_checkpoint(
     checkpoint = running / f"{LONG.name}.ckpt"
     wait_until(lambda: checkpoint.is_file() or started.poll() is not None)
     (os.killpg if group else os.kill)(started.pid, number)  # a terminal sends Ctrl-C to the group
-    said, errors = started.communicate()
+    said, errors = started.communicate(timeout=LIMIT)
     assert started.returncode == 128 + number and said == "running 1\n", errors
     assert errors.endswith("sumix_grid: stopped; the same command goes on\n") and "Traceback" not in errors
     assert read_checkpoint(checkpoint)["epoch"] >= 1
@@ -205,7 +205,7 @@ from sumix_nb.running.grid import recipe_grid, run_grid
 def test_a_script_needs_a_main_part_and_is_told_so(tmp_path, command, guard):
     (tmp_path / "study.py").write_text(SCRIPT.format(guard=guard))
     started = command("study.py", cwd=tmp_path)
-    _, errors = started.communicate()
+    _, errors = started.communicate(timeout=LIMIT)
     assert (started.returncode == 0) == bool(guard), errors
     assert len([*tmp_path.rglob("*.json"), *tmp_path.rglob("*.txt")]) == (2 if guard else 0)
     if not guard: assert "if __name__ == '__main__':" in errors
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_for_the_runs_too_is_one_line_that_names_the_run(tmp
     before, file = record.read_bytes(), toml(tmp_path / "grid.toml", epochs=1, seed=[0, 1])
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # bytes of a file
     started = command("-B", *GRID, file, "--out", tmp_path, preexec_fn=limit)
-    _, errors = started.communicate()
+    _, errors = started.communicate(timeout=LIMIT)
     last = errors.splitlines()[-1]
     assert started.returncode == 1 and last.startswith("sumix_grid: ") and f"{TWO.name}.txt" in last
     assert record.read_bytes() == before and [*tmp_path.glob("*.json")] == [record]
