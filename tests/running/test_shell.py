@@ -107,7 +107,8 @@ def test_no_warning_comes_before_a_message_and_no_bar_goes_into_a_file(tmp_path)
 OTHERS = {"--mixup", "--cutmix", "--mixup-off-epoch", "--amp", "--torchcompile", "--resume",  # timm's
           "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
           "--main_process_port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal",
-          "--requeue", "--slow", "--logdir", "--again"}  # of accelerate, SLURM, pytest and TensorBoard
+          "--array", "--gres", "--time", "--requeue",  # of accelerate and SLURM
+          "--slow", "--logdir", "--again"}  # of pytest and TensorBoard
 
 
 def test_the_pages_name_only_options_that_exist():
