@@ -12,6 +12,7 @@ from sumix_nb.studies.cifar100_cpu import arm_of, gains, study_runs
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records
 from tests.conftest import ROOT
+from tests.studies.oracles import saved_tables
 
 PAGE = ROOT / "nbs" / "studies" / "20_cifar100_cpu.ipynb"
 NAMES = {"none": "plain", "mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix",
@@ -112,19 +113,8 @@ def tables(text):
     return found
 
 
-def saved_tables():
-    "The tables that the page shows, without head"
-    found = []
-    for cell in json.loads(PAGE.read_text())["cells"]:
-        for output in cell.get("outputs", ()):
-            body = re.search("<tbody>(.*)</tbody>", "".join(output.get("data", {}).get("text/html", "")), re.DOTALL)
-            rows = re.findall("<tr>(.*?)</tr>", body[1], re.DOTALL) if body else []
-            if rows: found.append([re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in rows])
-    return found
-
-
 def test_every_number_in_the_tables_of_the_page_follows_from_the_files():
-    first, *shown, floors = saved_tables()
+    first, *shown, floors = saved_tables(PAGE)
     for table, expected in zip(shown, expected_tables(), strict=True): assert sorted(table) == sorted(expected)
     right = sorted(f"{100 * record['accuracy']:.1f}" for group in by_hand().values() for record in group.values())
     assert sorted(cell for row in first for cell in row[1:] if cell != "NaN") == right and len(floors) == 12

@@ -1,13 +1,13 @@
 "The study of label rules: every number of its tables is computed again from the files, without the package"
 import json
 import math
-import re
 import statistics
 
 from scipy import stats
 
 from sumix_nb.running.grid import read_grid
 from tests.conftest import ROOT
+from tests.studies.oracles import saved_tables
 
 PAGE = ROOT / "nbs" / "studies" / "45_label_rules.ipynb"
 COMPARED = 19  # arms of the plan that are compared with the area, plain training not counted
@@ -40,17 +40,6 @@ def interval(differences, level):
     return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]"
 
 
-def saved_tables():
-    "Rows of the tables that the page shows"
-    found = []
-    for cell in json.loads(PAGE.read_text())["cells"]:
-        for output in cell.get("outputs", ()):
-            body = re.search("<tbody>(.*)</tbody>", "".join(output.get("data", {}).get("text/html", "")), re.DOTALL)
-            if body: found.append([re.findall("<t[hd]>(.*?)</t[hd]>", row)
-                                   for row in re.findall("<tr>(.*?)</tr>", body[1], re.DOTALL)])
-    return found
-
-
 def test_the_plan_holds_what_it_says():
     arms = {}
     for recipe in read_grid(PAGE.parent / "label_rules.toml"):
@@ -71,7 +60,7 @@ def judged():
 
 def test_every_number_of_the_errors_follows_from_the_files():
     own, plain, sumix = judged()
-    truth, mixers, _, _ = saved_tables()
+    truth, mixers, _, _ = saved_tables(PAGE)
     assert [row[0] for row in truth] == sorted(own["CutMix"], key=lambda rule: own["CutMix"][rule]["error"][0])
     for rule, error, gain, ghosts, *others in truth:
         found = own["CutMix"][rule]
@@ -85,7 +74,7 @@ def test_every_number_of_the_errors_follows_from_the_files():
 def test_every_number_of_the_accuracies_follows_from_the_files():
     runs = by_hand()
     right = {name: [100 * seeds[k]["accuracy"] for k in range(5)] for name, seeds in runs.items()}
-    _, _, trained, sizes = saved_tables()
+    _, _, trained, sizes = saved_tables(PAGE)
     assert sorted(row[0] for row in trained) == sorted(row[0] for row in sizes) == sorted(right)
     for name, accuracy, difference, ahead in trained:
         values = right[name]
