@@ -1,10 +1,8 @@
 "Drawn images with masks, and photographs with masks"
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from sumix_nb.data.scenes import CHUNK, CLASSES, SHAPES, TEXTURES, MaskedImages, draw_objects, pets, scenes
+from sumix_nb.data.scenes import CHUNK, CLASSES, SHAPES, TEXTURES, MaskedImages, draw_objects, scenes
 
 
 @pytest.mark.parametrize("n", [1, CHUNK, CHUNK + 1])
@@ -58,25 +56,3 @@ def test_parts_that_do_not_fit_are_named(part, value, pattern):
              "masks": torch.zeros(3, 1, 8, 8, dtype=torch.bool), "vocab": ("a",)}
     MaskedImages(**whole)
     with pytest.raises(ValueError, match=pattern): MaskedImages(**whole | {part: value})
-
-
-def write_pet(base, name, sides, animal):
-    "A photograph and its map; `animal` is (top, bottom, left, right)"
-    picture, seam = np.full((*sides, 3), 30, np.uint8), np.full(sides, 2, np.uint8)
-    top, bottom, left, right = animal
-    picture[top:bottom, left:right], seam[top:bottom, left:right] = 220, 1
-    for folder, image, ending in (("images", picture, "jpg"), ("annotations/trimaps", seam, "png")):
-        (base / folder).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(base / folder / f"{name}.{ending}")
-
-
-def test_pets_keep_mask_and_photograph_together(tmp_path):
-    base = tmp_path / "oxford-iiit-pet"
-    write_pet(base, "great_pyrenees_3", (60, 40), (20, 40, 10, 30))
-    write_pet(base, "Bombay_12", (40, 80), (0, 40, 40, 80))
-    (base / "annotations" / "trainval.txt").write_text("great_pyrenees_3 2 2 1\nBombay_12 1 1 1\n")
-    found = pets(tmp_path, "trainval", size=40)
-    assert found.vocab == ("Bombay", "Great Pyrenees") and found.target.tolist() == [1, 0]
-    for image, mask in zip(found.images, found.masks, strict=True):
-        assert image[:, mask[0]].float().mean() > 200 and image[:, ~mask[0]].float().mean() < 60
-    assert found.masks[1, 0, :, 20:].all() and not found.masks[1, 0, :, :20].any()
