@@ -87,14 +87,16 @@ def after_pred(self:Relabel):
 # %% ../../nbs/labels/20_relabel.ipynb #3015e044
 @patch
 def weights(self:Relabel)->tuple[Tensor, Tensor|None]: # (N,) each; None: the rest up to 1
-    "The weights of both labels that the rule gives; if nothing was mixed, those of the mixer"
+    "The weights of both labels that the rule gives; those of the mixer where nothing was mixed"
     mixed, evidence = self.mixed, self.evidence
     self.evidence = None
     if mixed.untouched: return mixed.lam, None
     label = self.rule(evidence._replace(logits=self.learn.pred.as_subclass(Tensor)))
     first, second = label if isinstance(label, tuple) else (label, None)
-    first = check_lam(first, mixed.lam).detach()
-    return first, None if second is None else check_lam(second, mixed.lam).detach()
+    alone = mixed.lam == 1
+    first = check_lam(first, mixed.lam).detach().masked_fill(alone, 1)
+    if second is None: return first, None
+    return first, check_lam(second, mixed.lam).detach().masked_fill(alone, 0)
 
 
 @patch

@@ -27,7 +27,9 @@ def drawn(evidence:Evidence)->Tensor:
 
 def permuted(evidence:Evidence)->Tensor:
     "A control: the area of another mixture; it says nothing if each mixture has a share of its own"
-    return evidence.mixed.lam.roll(1)
+    lam = evidence.mixed.lam
+    rows = (lam < 1).nonzero()[:, 0]
+    return lam.index_copy(0, rows, lam[rows].roll(1))
 
 # %% ../../nbs/labels/10_rules.ipynb #477b9ae0
 @dataclass(frozen=True)

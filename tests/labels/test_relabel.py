@@ -55,6 +55,19 @@ def test_sumix_without_its_regulariser_is_relabel_with_its_ratio(variant, clean)
     for name, value in weights(relabel.model).items(): torch.testing.assert_close(value, plain[name])
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.startswith("oracle")])
+def test_an_image_that_is_left_alone_keeps_its_label_whole(rule):
+    callback = Relabel(CutMix(per_sample=True, p=0.5), rule, seed=0)
+    learn, weighed, given = learner(callback, model=narrow()), [], callback.weights
+    callback.weights = lambda: weighed.append((callback.mixed, given())) or weighed[-1][1]
+    fit(learn)
+    alone = torch.cat([mixed.lam == 1 for mixed, _ in weighed])
+    first = torch.cat([pair[0] for _, pair in weighed])
+    second = torch.cat([1 - pair[0] if pair[1] is None else pair[1] for _, pair in weighed])
+    assert 0 < alone.sum() < len(alone) and first[alone].eq(1).all() and second[alone].eq(0).all()
+    assert (first[~alone] < 1).any()
+
+
 def test_a_rule_of_your_own_gets_what_it_needs_and_labels():
     seen = []
     class Turned:
@@ -64,12 +77,13 @@ def test_a_rule_of_your_own_gets_what_it_needs_and_labels():
             return torch.tensor(EIGHTHS[::-1]) / 8
     spy, learn = Spy(), learner(Relabel(Fixed(), Turned()), model=without_bn())
     fit(learn, cbs=spy)
+    turned = [8 if drawn == 8 else share for drawn, share in zip(EIGHTHS, EIGHTHS[::-1])]  # one image is left alone
     for batch, evidence in zip(spy.batches, seen, strict=True):
         target_b = batch.y[torch.arange(8) ^ 1]
-        expected = repeated_loss(nn.CrossEntropyLoss(), batch.pred, batch.y, target_b, EIGHTHS[::-1])
+        expected = repeated_loss(nn.CrossEntropyLoss(), batch.pred, batch.y, target_b, turned)
         torch.testing.assert_close(batch.loss, expected.as_subclass(torch.Tensor), rtol=1e-5, atol=1e-6)
         assert evidence.features.shape == evidence.clean_features.shape == (8, 32)
-    assert learn.relabel.shares()[1].tolist() == [share / 8 for share in EIGHTHS[::-1]] * 3
+    assert learn.relabel.shares()[1].tolist() == [share / 8 for share in turned] * 3
 
 
 def test_a_network_without_a_linear_layer_will_do_where_no_features_are_needed():
@@ -153,11 +167,14 @@ def test_a_pair_of_weights_makes_the_loss_smaller():
         def __call__(self, evidence): return torch.full((8,), 0.5), torch.full((8,), 0.25)
     spy, learn = Spy(), learner(Relabel(Fixed(), Pair()), model=without_bn())
     fit(learn, cbs=spy)
+    alone = torch.tensor(EIGHTHS) == 8
     for batch in spy.batches:
         pred, target_b = batch.pred.as_subclass(torch.Tensor), batch.y[torch.arange(8) ^ 1]
-        one, two = (F.cross_entropy(pred, target.as_subclass(torch.Tensor)) for target in (batch.y, target_b))
-        torch.testing.assert_close(batch.loss.as_subclass(torch.Tensor), 0.5 * one + 0.25 * two)
-    torch.testing.assert_close(learn.relabel.shares()[1], torch.full((24,), 2 / 3))
+        one, two = (F.cross_entropy(pred, target.as_subclass(torch.Tensor), reduction="none")
+                    for target in (batch.y, target_b))
+        expected = torch.where(alone, one, 0.5 * one + 0.25 * two).mean()
+        torch.testing.assert_close(batch.loss.as_subclass(torch.Tensor), expected)
+    torch.testing.assert_close(learn.relabel.shares()[1], torch.where(alone, 1, 2 / 3).repeat(3))
 
 
 @pytest.mark.parametrize("clean", ["eval", "means", "bank"])
