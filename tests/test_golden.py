@@ -164,7 +164,7 @@ def test_resizemix_centres_rows_over_rows_on_images_that_are_not_square():
     lam = torch.full((2000,), 0.9, dtype=torch.float64)
     images, partner = torch.zeros(2000, 1, 64, 16), torch.arange(2000)
     mixer, generator = ResizeMix(per_sample=True), torch.Generator().manual_seed(0)
-    _, share, mask = mixer.mix(images, partner, lam, model=None, generator=generator)
+    _, share, mask, _ = mixer.mix(images, partner, lam, model=None, generator=generator)
     pasted = mask[:, 0] == 0
     rows, cols = (pasted.any(dim).float().mean(0).tolist() for dim in (2, 1))
     assert rows[60] == pytest.approx(rows[3], abs=0.05) and cols[13] == pytest.approx(cols[2], abs=0.05)

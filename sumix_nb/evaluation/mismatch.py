@@ -26,27 +26,19 @@ def visible_objects(
     model=None, # The network, for mixers that look at it
     generator:torch.Generator|None=None, # A CPU generator; PyTorch's global one by default
 )->tuple[Mixed, Tensor, Tensor]: # The mixture; (N,) float32 visible object pixels of both images
-    "Mix and count; `ValueError` for a mixer that moves pixels by what they show"
+    "Mix and count; `ValueError` for a mixer that moves pixels and does not say where"
     expected, got = (len(images), 1, *images.shape[2:]), tuple(masks.shape)
     if masks.dtype != torch.bool or got != expected:
         raise ValueError(f"`masks` must be bool of the shape {expected}, got {masks.dtype} {got}")
     check_generator(generator)
     seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
-    draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
-    mixed = mixer(images, target, model=model, generator=draws[0])
-    objects = masks.float().expand(-1, images.shape[1], -1, -1).contiguous()
-    replay = mixer(objects, target, model=model, generator=draws[1])
-    weight = mixed.lam.view(-1, 1, 1, 1) if mixed.mask is None else mixed.mask
-    first = (weight * objects)[:, :1]
-    pairs = [(getattr(mixed, part), getattr(replay, part)) for part in ("partner", "lam", "mask")]
-    if all(one is other or torch.equal(one, other) for one, other in pairs):
-        second = replay.images[:, :1] - first
-    else:
-        try: check_pixels(images, mixed, tolerance=PRECISION[images.dtype])
-        except AssertionError as error:
-            raise ValueError(f"`mixer` must not move pixels by what they show: {mixer}") from error
-        second = (1 - weight) * objects[mixed.partner][:, :1]
-    return mixed, first.sum((1, 2, 3)), second.sum((1, 2, 3)).clamp(min=0)
+    dice = torch.Generator().manual_seed(seed)  # one draw a batch, whatever the mixer draws
+    mixed = mixer(images, target, model=model, generator=dice)
+    try: check_pixels(images, mixed, tolerance=PRECISION[images.dtype])
+    except AssertionError as error:
+        raise ValueError(f"`mixer` must say in `shown` where it moves pixels: {mixer}") from error
+    first, second = (part.sum((1, 2, 3)) for part in mixed.visible(masks.float()))
+    return mixed, first, second
 
 # %% ../../nbs/evaluation/20_mismatch.ipynb #16c660c7
 def true_ratio(visible_a:Tensor, visible_b:Tensor)->Tensor: # All (N,); NaN below one pixel

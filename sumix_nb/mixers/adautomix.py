@@ -85,7 +85,7 @@ def mix_many(
     sources:list[Tensor], # M times (N, C, H, W)
 )->Tensor: # (N, C, H, W)
     "The weighted sum of the sources, through which a gradient reaches the masks"
-    return sum(mask[:, None].to(source) * source for mask, source in zip(masks.unbind(1), sources))
+    return sum(mask[:, None].to(source) * source for mask, source in zip(masks.unbind(1), sources, strict=True))
 
 # %% ../../nbs/mixers/84_adautomix.ipynb #c244181f
 def __getattr__(name):

@@ -28,7 +28,7 @@ def attend(
     query:Tensor, # (N, d, h, w)
     key:Tensor, # (N, d, h, w)
     value:Tensor, # (N, 1, h, w)
-)->Tensor: # (N, 1, h, w), at least float32
+)->Tensor: # (N, 1, h * w), at least float32
     "For each position the mean of `value`, weighted by how well the keys answer its query"
     query, key, value = (full_precision(part).flatten(2) for part in (query, key, value))
     weights = (query.mT @ key / math.sqrt(query.shape[1])).softmax(2)

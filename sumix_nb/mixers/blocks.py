@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.tap import read_logits
+
 # %% ../../nbs/mixers/61_blocks.ipynb #172c0c80
 def gradient_saliency(
     images:Tensor, # (N, C, H, W) normalised images
@@ -26,7 +28,8 @@ def gradient_saliency(
     try:
         model.eval()
         with torch.enable_grad():
-            loss = F.cross_entropy(model(inputs).float(), target, reduction="sum")
+            logits = read_logits(model(inputs)).float()
+            loss = F.cross_entropy(logits, target, reduction="sum")
             gradient, = torch.autograd.grad(loss, inputs)
     finally:
         for module, training in modes: module.training = training
@@ -38,7 +41,10 @@ def block_shares(
     rows:int, # Rows of blocks; divides H
     cols:int, # Columns of blocks; divides W
 )->Tensor: # (N, rows, cols), summing to 1 for each image, or to 0
-    "Share of each block in the saliency of its image"
+    "Share of each block in the saliency of its image; `ValueError` if blocks do not divide it"
+    if saliency.shape[1] % rows or saliency.shape[2] % cols:
+        rule, got = f"rows and columns that {rows} x {cols} blocks divide", tuple(saliency.shape)
+        raise ValueError(f"`saliency` must have {rule}, got the shape {got}")
     block = saliency.shape[1] // rows, saliency.shape[2] // cols
     means = F.avg_pool2d(saliency[:, None], block)[:, 0]
     return means / means.sum((1, 2), keepdim=True).clamp(min=torch.finfo(means.dtype).tiny)

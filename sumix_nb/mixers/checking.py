@@ -71,23 +71,20 @@ def check_record(
 def check_pixels(
     images:Tensor, # (N, C, H, W) what was mixed
     mixed:Mixed, # The mixture
-    moves:bool=False, # May the partner's pixels be shown elsewhere than they were?
     tolerance:float=1e-6, # Allowed deviation, as a share of the largest value
 )->None:
-    "Each pixel is `mask * a + (1 - mask) * b`, and exactly a or b where the mask is 1 or 0"
-    first, second, made = images.double(), images[mixed.partner].double(), mixed.images.double()
+    "The mixture is the sum of what it shows of both images, exactly one of them for a mask of 0 or 1"
     weight = mixed.lam.double().view(-1, 1, 1, 1) if mixed.mask is None else mixed.mask.double()
-    weight = weight.expand_as(first)
-    slack = tolerance * first.abs().max().clamp(min=1)
-    low, high = second, second
-    if moves: low, high = (end((2, 3), keepdim=True) for end in (second.amin, second.amax))
-    base = weight * first
-    below, above = base + (1 - weight) * low - made, made - base - (1 - weight) * high
-    worst = torch.maximum(below, above).max()
+    made, weight = mixed.images.double(), weight.expand_as(images)
+    ones = mixed.visible(torch.ones_like(images, dtype=torch.float64))
+    worst = max((part - share).abs().max() for part, share in zip(ones, (weight, 1 - weight)))
+    assert worst <= 1e-6, f"`shown` is {worst:.3g} away from the mask"
+    worst = (sum(mixed.visible(images.double())) - made).abs().max()
+    slack = tolerance * images.double().abs().max().clamp(min=1)
     assert worst <= slack, f"a pixel is {worst:.3g} away from the blend by `mask` (or `lam`)"
-    for end, source, name in ((1, first, "first image"), (0, second, "partner")):
-        if moves and end == 0: continue
-        equal = torch.equal(made[weight == end], source[weight == end])
+    names = ("first image", 1), ("partner", 0)
+    for part, (name, end) in zip(mixed.visible(images), names):
+        equal = torch.equal(made[weight == end], part.double()[weight == end])
         assert equal, f"where the mask is {end} the {name} must be shown as it is"
 
 # %% ../../nbs/mixers/80_checking.ipynb #14178c1f
@@ -175,7 +172,6 @@ def check_devices(mix:Callable, images:Tensor, target:Tensor)->None:
 def check_ends(
     mixer:Mixer, # A `Mixer`
     images:Tensor, # (N, C, H, W)
-    moves:bool=False, # As for `check_pixels`
     model=None, # Handed to the mixer
 )->None:
     "With the share 1 nothing is mixed, and the share close to 0 gives a valid mixture"
@@ -184,9 +180,10 @@ def check_ends(
     for size in {1, n if mixer.per_sample else 1}:
         for end in (1.0, 1e-6):
             wanted, generator = torch.full((size,), end).double(), torch.Generator().manual_seed(5)
-            made, lam, mask = mixer.mix(images, partner, wanted, model=model, generator=generator)
-            mixed = Mixed(made, target, partner, lam.float().expand(n), partner, mask)
-            check_pixels(images, mixed, moves)
+            made, lam, mask, *shown = mixer.mix(images, partner, wanted, model=model, generator=generator)
+            mixed = Mixed(made, target, partner, lam.float().expand(n), partner, mask,
+                          shown=shown[0] if shown else None)
+            check_pixels(images, mixed)
             check_share(mixed)
             if end == 1:
                 kept = torch.equal(made, images) and lam.eq(1).all()
@@ -199,7 +196,6 @@ SHAPES = ((7, 3, 10, 6), (1, 3, 5, 9), (2, 1, 7, 4), (3, 3, 1, 8), (4, 1, 1, 1),
 def check_mixer(
     mixer:Callable, # Called as `mixer(images, target, model=, generator=)`, e.g. CutMix()
     *,
-    moves:bool=False, # May it show the partner's pixels at other places, as ResizeMix does?
     tolerance:float|None=None, # Allowed gap of label's share and mask's mean; None: one pixel
     shapes:tuple=SHAPES, # Shapes (N, C, H, W) to try
     model=None, # A network for mixers that look at one
@@ -216,10 +212,10 @@ def check_mixer(
         for seed, target in enumerate((indices, soft, soft.round()) * 2):
             mixed = mix(images, target, seed)
             check_record(images, target, mixed)
-            check_pixels(images, mixed, moves)
+            check_pixels(images, mixed)
             check_share(mixed, tolerance)
         if n > 2 and min(shape[2:]) > 1: check_dice(mix, images, indices)
-        if isinstance(mixer, Mixer): check_ends(mixer, images, moves, model)
+        if isinstance(mixer, Mixer): check_ends(mixer, images, model)
     images, target = torch.randn(shapes[0], generator=generator), torch.arange(shapes[0][0])
     check_types(mix, images, target)
     if model is None: check_devices(mix, images, target)

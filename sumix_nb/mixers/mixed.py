@@ -9,7 +9,6 @@ __all__ = ['sample_lam', 'sample_partner', 'Mixed', 'Mixer', 'unmixed', 'is_chan
 import math
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, replace
-from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -122,7 +121,6 @@ class Mixer:
     per_sample:bool=False # One draw for each sample instead of one for the batch
     p:float=1.0 # Probability of mixing (of the batch, or of each sample)
     clips = False # May the border take away a part of what was drawn?
-    shown = None # Of a mixer that moves pixels, as `Mixed.visible`: shown(partner, mask, maps)
 
     def __post_init__(self):
         if self.alpha is not None or type(self).alpha is not None:
@@ -144,13 +142,13 @@ class Mixer:
         partner = sample_partner(n, generator).to(device, non_blocking=True)
         drawn = self.draw(n if self.per_sample else 1, generator)
         if self.p < 1 and bool((drawn == 1).all()): return unmixed(images, target)
-        mixed, lam, mask = self.mix(images, partner, drawn, model=model, generator=generator)
+        mixed, lam, mask, *shown = self.mix(images, partner, drawn, model=model, generator=generator)
         lam, drawn = (None if share is None else
                       share.to(device, torch.float32, non_blocking=True).expand(n)
                       for share in (lam, drawn if self.clips else None))
         target_b = target.index_select(0, partner)
-        shown = self.shown and partial(self.shown, partner, mask)
-        return Mixed(mixed, target, target_b, lam, partner, mask, drawn, shown=shown, checked=True)
+        return Mixed(mixed, target, target_b, lam, partner, mask, drawn,
+                     shown=shown[0] if shown else None, checked=True)
 
     def draw(self, size, generator):
         "The (1|N,) wanted shares, float64 on the CPU, 1 where the coin `p` says not to mix"
@@ -169,7 +167,7 @@ class Mixer:
         *,
         model, # The network in training
         generator:torch.Generator|None, # The source of randomness
-    )->tuple[Tensor, Tensor, Tensor|None]: # Mixed images, realised (1|N,) shares, mask or None
+    )->tuple: # Mixed images, realised (1|N,) shares, mask or None, `shown` if pixels moved
         raise NotImplementedError(f"{type(self).__name__} must define `mix`")
 
 # %% ../../nbs/mixers/10_mixed.ipynb #3049bdcf

@@ -14,12 +14,14 @@ from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.mixers.fmix import FMix
 from sumix_nb.mixers.gridmix import GridMix, SmoothMix
 from sumix_nb.mixers.mixed import Mixed, MixUp
+from sumix_nb.mixers.puzzlemix import PuzzleMix
 from sumix_nb.mixers.resizemix import ResizeMix
 from sumix_nb.mixers.saliencymix import SaliencyMix
 
 MIXERS = {"mixup": MixUp(), "cutmix": CutMix(), "fmix": FMix(per_sample=True), "soft fmix": FMix(max_soft=0.5),
           "resizemix": ResizeMix(per_sample=True), "bilinear": ResizeMix(mode="bilinear"), "smoothmix": SmoothMix(),
-          "saliencymix": SaliencyMix(per_sample=True), "gridmix": GridMix(), "one": OneOf([CutMix(), ResizeMix()])}
+          "saliencymix": SaliencyMix(per_sample=True), "gridmix": GridMix(), "one": OneOf([CutMix(), ResizeMix()]),
+          "puzzlemix": PuzzleMix(t_eps=0.01, saliency=lambda images: images.square().mean(1))}
 
 
 def draw(n=12, seed=0):

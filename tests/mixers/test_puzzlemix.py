@@ -37,7 +37,7 @@ def test_the_recorded_cases(golden, case):
     b, t_size, transport = (cases[case, name] for name in ("block_num", "t_size", "transport"))
     mixer = PuzzleMix(blocks=(b,), transport=transport, t_size=t_size if t_size > 0 else None, std=tuple(std.tolist()))
     partner, recorded = cases[case, "perm"], cases[case, "graphcut"]
-    mixed, mask = mixer.assemble(images, saliency, partner, recorded)
+    mixed, mask, _ = mixer.assemble(images, saliency, partner, recorded)
     torch.testing.assert_close(mixed, cases[case, "mixed"], rtol=0, atol=1e-6)
     torch.testing.assert_close(mask.mean((1, 2, 3)), cases[case, "lam_out"], rtol=0, atol=1e-6)
     if transport: same_plans(cases, case, saliency, partner, recorded)
@@ -140,7 +140,8 @@ def test_every_pixel_of_a_moved_mixture_blends_a_block_of_a_and_one_of_b():
     images = torch.rand(5, 2, 8, 12, generator=seeded())
     saliency, partner = torch.rand(5, 8, 12, generator=seeded(1))**4, torch.tensor([3, 0, 4, 1, 2])
     keep = torch.randint(3, (5, 4, 4), generator=seeded(2)) / 2
-    mixed, mask = PuzzleMix(t_eps=0.01).assemble(images, saliency, partner, keep)
+    mixed, mask, shown = PuzzleMix(t_eps=0.01).assemble(images, saliency, partner, keep)
+    parts = shown(images)
     moved = 0
     for n in range(5):
         shares = [block_shares(saliency[i:i + 1], 4, 4)[0] for i in (n, partner[n])]
@@ -152,6 +153,8 @@ def test_every_pixel_of_a_moved_mixture_blends_a_block_of_a_and_one_of_b():
                              for i, (y, x) in zip((n, partner[n]), places))
             weight = keep[n, r, c]
             torch.testing.assert_close(here, weight * first + (1 - weight) * second)
+            for part, block in zip(parts, (weight * first, (1 - weight) * second), strict=True):
+                torch.testing.assert_close(part[n, :, 2 * r:2 * r + 2, 3 * c:3 * c + 3], block)
             assert mask[n, 0, 2 * r:2 * r + 2, 3 * c:3 * c + 3].eq(weight).all()
             moved += places != [(r, c), (r, c)] and 0 < weight
     assert moved > 10
@@ -162,7 +165,7 @@ def test_lambda_moves_the_share_and_share_one_mixes_nothing():
     mixer, partner = PuzzleMix(blocks=(4,), saliency=brightness), target.roll(1)
     shares = []
     for lam in (1e-6, 0.3, 0.7, 1 - 1e-6, 1.0):
-        mixed, share, mask = mixer.mix(images, partner, torch.tensor([lam]).double(), model=None, generator=seeded())
+        mixed, share, mask, _ = mixer.mix(images, partner, torch.tensor([lam]).double(), model=None, generator=seeded())
         torch.testing.assert_close(share, mask.mean((1, 2, 3)))
         shares.append(share.mean().item())
     assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] == 1 and torch.equal(mixed, images)
