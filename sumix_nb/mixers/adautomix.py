@@ -85,7 +85,8 @@ def mix_many(
     sources:list[Tensor], # M times (N, C, H, W)
 )->Tensor: # (N, C, H, W)
     "The weighted sum of the sources, through which a gradient reaches the masks"
-    return sum(mask[:, None].to(source) * source for mask, source in zip(masks.unbind(1), sources, strict=True))
+    pairs = zip(masks.unbind(1), sources, strict=True)
+    return sum(mask[:, None].to(source) * source for mask, source in pairs)
 
 # %% ../../nbs/mixers/84_adautomix.ipynb #c244181f
 def __getattr__(name):

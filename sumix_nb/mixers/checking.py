@@ -73,7 +73,7 @@ def check_pixels(
     mixed:Mixed, # The mixture
     tolerance:float=1e-6, # Allowed deviation, as a share of the largest value
 )->None:
-    "The mixture is the sum of what it shows of both images, exactly one of them for a mask of 0 or 1"
+    "The mixture is the sum of what it shows of both images; for a mask of 0 or 1 exactly one"
     weight = mixed.lam.double().view(-1, 1, 1, 1) if mixed.mask is None else mixed.mask.double()
     made, weight = mixed.images.double(), weight.expand_as(images)
     ones = mixed.visible(torch.ones_like(images, dtype=torch.float64))
@@ -180,7 +180,8 @@ def check_ends(
     for size in {1, n if mixer.per_sample else 1}:
         for end in (1.0, 1e-6):
             wanted, generator = torch.full((size,), end).double(), torch.Generator().manual_seed(5)
-            made, lam, mask, *shown = mixer.mix(images, partner, wanted, model=model, generator=generator)
+            made, lam, mask, *shown = mixer.mix(images, partner, wanted, model=model,
+                                                generator=generator)
             mixed = Mixed(made, target, partner, lam.float().expand(n), partner, mask,
                           shown=shown[0] if shown else None)
             check_pixels(images, mixed)

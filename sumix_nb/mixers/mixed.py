@@ -142,7 +142,8 @@ class Mixer:
         partner = sample_partner(n, generator).to(device, non_blocking=True)
         drawn = self.draw(n if self.per_sample else 1, generator)
         if self.p < 1 and bool((drawn == 1).all()): return unmixed(images, target)
-        mixed, lam, mask, *shown = self.mix(images, partner, drawn, model=model, generator=generator)
+        mixed, lam, mask, *shown = self.mix(images, partner, drawn, model=model,
+                                            generator=generator)
         lam, drawn = (None if share is None else
                       share.to(device, torch.float32, non_blocking=True).expand(n)
                       for share in (lam, drawn if self.clips else None))
