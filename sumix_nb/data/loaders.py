@@ -22,7 +22,7 @@ from fastcore.basics import chunked
 
 from ..checks import check_choice, check_flag, check_seed, check_whole
 from .augment import RandomCropFlip
-from .choosing import choose_images, limits_of
+from .choosing import choose_images, limits_of, mislabel
 from .files import VIEWS, ClassifiedSet, EraseBatch, FileSet, test_view, train_view
 from .sources import IMAGENET_STATS, SOURCES, decode_images, read_set, usable_cores
 
@@ -148,6 +148,9 @@ def check_memory(n, size, device):
                           f"{free / 2**30:.1f} are free: lower `limit` or `size`, or use a `view`")
 
 # %% ../../nbs/data/30_loaders.ipynb #03d4b691
+STATS = {"cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "imagenet": IMAGENET_STATS}
+
+
 class ImageDataLoaders(DataLoaders):
     "`DataLoaders` with a `test_dl` for new images"
     def test_dl(self, test_items, rm_type_tfms=None, with_labels=False, **kwargs):
@@ -155,9 +158,6 @@ class ImageDataLoaders(DataLoaders):
         return self.valid.new(self.valid.dataset.from_items(test_items, with_labels), **kwargs)
 
 # %% ../../nbs/data/30_loaders.ipynb #42cfb03b
-STATS = {"cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "imagenet": IMAGENET_STATS}
-
-
 def get_dls(
     name:str, # One of `SOURCES`, e.g. "digits" or "cifar100"
     path:str|Path|None=None, # Folder of the set; by default `$SUMIX_DATA/<name>`, or a download
@@ -172,6 +172,7 @@ def get_dls(
     workers:int|None=None, # Processes that decode for a view; by default one a core, at most 8
     drop_last:bool=True, # Leave out the training images that do not fill a last batch?
     masks:bool=False, # Load where the objects are? Loaders then have `masks` of their last batch
+    label_noise:float=0.0, # Share of wrong training labels; `train_ds.truth` has the right ones
 )->DataLoaders: # Two loaders, train and valid
     "Loaders of a whole image set on `device`"
     check_choice("name", name, SOURCES)
@@ -181,8 +182,7 @@ def get_dls(
     limits_of(limit)
     check_choice("view", view, (None, "crop", *VIEWS))
     check_choice("stats", stats, (None, *STATS))
-    check_flag("drop_last", drop_last)
-    check_flag("masks", masks)
+    for argument, value in (("drop_last", drop_last), ("masks", masks)): check_flag(argument, value)
     for argument, value, least in (("size", size, 1), ("workers", workers, 0)):
         if value is not None: check_whole(argument, value, least)
     source, device = SOURCES[name], find_device(device)
@@ -191,7 +191,8 @@ def get_dls(
     splits = ("train", "test") if valid == "test" else ("train",)
     data, vocab = read_set(source, path, size, splits)
     parts = choose_images(data, valid, limit, generator)
-    n = len(parts[0].items)
+    n, truth = len(parts[0].items), parts[0].target
+    parts[0] = parts[0]._replace(target=mislabel(truth, label_noise, len(vocab), generator))
     if masks and (view not in (None, "crop") or "scenes" not in name):
         raise ValueError(f"`masks` must be False for {name}, whose images come without")
     if drop_last and bs > n:
@@ -211,6 +212,7 @@ def get_dls(
         views = train_view(view, size, source.flip), test_view(view, size)
         sets = [FileSet(*part, vocab, *views, split_idx) for split_idx, part in enumerate(parts)]
         loader, augment = FileDL, [EraseBatch(view.erase, generator)] if view.erase else []
+    sets[0].truth = truth
     mean, std = (source.mean, source.std) if stats is None else STATS[stats]
     normalise = [IntToFloatTensor(), Normalize.from_stats(mean, std, cuda=False)]
     shared = dict(seed=seed, num_workers=min(8, usable_cores()) if workers is None else workers)

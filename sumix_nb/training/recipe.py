@@ -50,6 +50,7 @@ class Recipe:
     valid:str|float="test" # Validation set: the test split, or a share of the training split
     limit:int|tuple|None=None # Most images of each split, or a pair (training, validation)
     drop_last:bool=True # Leave out training images that do not fill a last batch?
+    label_noise:float=0.0 # Share of the training labels that are made wrong, see `get_dls`
     model:str="resnet18" # Network, see `get_model`
     width:int=16 # Channels of its first stage
     stem:str="small" # Its stem
@@ -95,7 +96,7 @@ WHOLE = {"epochs": 10**6, "bs": 10**6, "accumulate": 10**6, "validate_every": 10
          "size": 4096} # Largest values; the smallest is 1
 RANGES = {"alpha": (0.01, math.inf), "p": (0, 1), "off_after": (0, 1), "xi": (0, math.inf),
           "lr": (1e-12, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf),
-          "clip": (0, math.inf), "smoothing": (0, 1), "ema": (0, 1)}
+          "clip": (0, math.inf), "smoothing": (0, 1), "ema": (0, 1), "label_noise": (0, 1)}
 LEARNED = {"method": ("mce", "sumix"), "per_sample": (False,), "p": (1,), "off_after": (1,),
            "ema": (0,), "clean": ("no_grad",), "update_bn": (True,), "z": ("logits",),
            "relabel": (True,)} # What AutoMix and AdAutoMix, which learn, can be run with

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..data.loaders import get_dls
 from ..data.sources import SOURCES
 from ..evaluation.calibration import reliability_curve, reliability_sums
+from ..evaluation.label_noise import NoiseLog
 from ..evaluation.label_rules import SizeLog
 from ..labels import Relabel
 from ..mixers.choosing import MIXERS
@@ -158,12 +159,13 @@ def make_learner(
     workers:int|None=None, # Processes that decode large images, see `get_dls`
 )->Learner: # With the callbacks of the recipe
     "A `Learner` for a recipe, initialised by its seed"
-    shared = ("bs", "size", "seed", "valid", "limit", "view", "stats", "drop_last")
+    shared = "bs size seed valid limit view stats drop_last label_noise".split()
     dls = get_dls(recipe.data, path=path, device=device, workers=workers,
                   masks=recipe.data in MASKED and recipe.view in (None, "crop"),
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
     if getattr(dls.valid_ds, "masks", None) is not None: callbacks.append(SizeLog())
+    if recipe.label_noise: callbacks.append(NoiseLog(callbacks[0]))
     if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))
