@@ -61,6 +61,9 @@ def unseen_images(
     for batch, labels in dls.valid:
         batch = batch.as_subclass(Tensor).float()
         batch = batch * channels(std, batch) + channels(mean, batch)
+        if batch.min() < -0.01 or batch.max() > 1.01:
+            raise ValueError("`dls` must normalise by fastai's `Normalize`, or give pixels "
+                             f"in [0, 1], got values {batch.min():.2f} to {batch.max():.2f}")
         images.append((255 * batch).round().clamp(0, 255).byte().cpu())
         target.append(labels.as_subclass(Tensor).long().cpu())
     if not images: raise ValueError("`dls` must have validation images, got none")

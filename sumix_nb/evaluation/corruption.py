@@ -163,13 +163,15 @@ def corrupt(
     check_choice("name", name, CORRUPTIONS)
     check_whole("severity", severity, 1, 5)
     check_generator(generator)
-    found = [CORRUPTIONS[name](part.double() / 255, severity, generator)
-             .clamp(0, 1).mul(255).byte() for part in images.cpu().split(500) if len(part)]
+    with torch.autocast("cpu", enabled=False):  # the same pictures for every network
+        found = [CORRUPTIONS[name](part.double() / 255, severity, generator)
+                 .clamp(0, 1).mul(255).byte() for part in images.cpu().split(500) if len(part)]
     return torch.cat(found).to(images.device) if found else images.clone()
 
 # %% ../../nbs/evaluation/46_corruption.ipynb #2beafa39
 def published_images(folder:str|Path, name:str, severity:int, limit:int|None=None):
     "Images (N, 3, H, W) uint8 and labels (N,) of CIFAR-C's files, at most `limit`, drawn by seed 0"
+    check_whole("severity", severity, 1, 5)
     files = [Path(folder, f"{part}.npy") for part in (name, "labels")]
     for file in files:
         if not file.is_file(): raise FileNotFoundError(f"no {file}: it must hold CIFAR-C's files")
@@ -193,21 +195,24 @@ def under_corruption(
     *,
     seed:int=0, # All draws follow from it
     folder:str|Path|None=None, # CIFAR-C's files, instead of images made of those of `test`
-    bs:int=250, # Images that are passed at once
+    bs:int=250, # Images that are passed, and drawn for, at once
 )->dict: # "accuracy" and "ece", both in [0, 1], five numbers each, and the "n" images
     "Accuracy and calibration error at each severity"
-    found = {"accuracy": [], "ece": [], "n": len(test.target)}
+    found = {"accuracy": [], "ece": []}
     for severity in range(1, 6):
-        generator, sums = torch.Generator().manual_seed(seed + severity), 0
+        generator, sums = torch.Generator().manual_seed(10 * seed + severity), 0
         images, target = test.images, test.target
         if folder is not None:
             images, target = published_images(folder, name, severity, len(target))
+            if images.shape[1:] != test.images.shape[1:]:
+                raise ValueError(f"`folder` must hold images of {tuple(test.images.shape[1:])}, "
+                                 f"got {tuple(images.shape[1:])}")
         for part, labels in zip(images.split(bs), target.split(bs)):
             if folder is None: part = corrupt(part, name, severity, generator)
             sums = sums + reliability_sums(predict(model, test, part, bs), labels)
         found["accuracy"].append((sums[:, 1].sum() / sums[:, 0].sum()).item())
         found["ece"].append(calibration_error(reliability_curve(sums)))
-    return found
+    return found | {"n": len(target)}
 
 # %% ../../nbs/evaluation/46_corruption.ipynb #3137770b
 def corruption_means(

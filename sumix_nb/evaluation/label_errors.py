@@ -20,6 +20,7 @@ from torchvision.transforms.functional import normalize
 
 from ..checks import check_whole
 from ..data.scenes import MaskedImages
+from .accuracy import evaluating
 from .mismatch import agreement, true_ratio, visible_objects
 from ..models.tap import logits_and_features
 from ..sumix.ratio import VARIANTS, mix_ratio
@@ -75,10 +76,7 @@ class Mixtures(NamedTuple):
 @torch.no_grad()
 def outputs_of(model:nn.Module, *batches:Tensor)->list[tuple[Tensor, Tensor]]:
     "Logits and features of each (N, C, H, W) batch, by the network in evaluation mode"
-    training = model.training
-    model.eval()
-    try: return [logits_and_features(model, batch) for batch in batches]
-    finally: model.train(training)
+    with evaluating(model): return [logits_and_features(model, batch) for batch in batches]
 
 # %% ../../nbs/evaluation/30_label_errors.ipynb #f9ad342c
 def measure_mixtures(

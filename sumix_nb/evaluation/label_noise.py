@@ -6,9 +6,13 @@
 __all__ = ['wrong_answers', 'NoiseLog']
 
 # %% ../../nbs/evaluation/65_label_noise.ipynb #b23f1c1a
+from copy import copy
+
 import torch
-from fastai.callback.core import Callback
-from fastai.learner import Learner, Recorder
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.learner import Learner
+
+from .accuracy import evaluating
 
 # %% ../../nbs/evaluation/65_label_noise.ipynb #fffda05d
 @torch.no_grad()
@@ -16,26 +20,30 @@ def wrong_answers(
     learn:Learner, # Its `dls` come from `get_dls` with `label_noise` above 0
 )->dict: # "memorised", "recovered": shares of the wrongly labelled training images
     "How many of the wrong labels the network repeats, and for how many it says the right one"
-    images, training = learn.dls.train_ds, learn.model.training
+    images, shown = learn.dls.train_ds, copy(learn.dls.train_ds)
+    shown.split_idx = 1  # as validation images are
     given, truth = images.target, images.truth.to(images.target.device)
     wrong = given != truth
     if not wrong.any(): raise ValueError("`learn` must have labels made wrong by `label_noise`")
-    learn.model.eval()
-    try: said = [learn.model(batch[0]).argmax(1) for batch in learn.dls.valid.new(images)]
-    finally: learn.model.train(training)
+    with evaluating(learn.model):
+        said = [learn.model(batch[0]).argmax(1) for batch in learn.dls.valid.new(shown)]
     said = torch.cat(said).to(given.device)
     return {name: (said == label)[wrong].float().mean().item()
             for name, label in (("memorised", given), ("recovered", truth))}
 
 # %% ../../nbs/evaluation/65_label_noise.ipynb #cc210d5c
 class NoiseLog(Callback):
-    "Adds `wrong_answers` to what `log` has of each epoch that was validated"
-    order = Recorder.order + 2 # After the log of the epochs
+    "`wrong_answers` in `epochs`, of each epoch that ends with a validation"
+    order = TrainEvalCallback.order - 1 # Before those that bring back another network after it
 
-    def __init__(self, log): self.log = log # A callback with one dictionary an epoch in `epochs`
+    def __init__(self): self.epochs, self.trained, self.validated = [], False, False
 
-    def after_epoch(self):
-        "Ask, if the epoch had a validation"
-        epochs = self.log.epochs
-        if not epochs or epochs[-1]["epoch"] != self.learn.epoch: return
-        if epochs[-1]["accuracy"] is not None: epochs[-1] |= wrong_answers(self.learn)
+    def before_train(self): self.trained, self.validated = True, False
+
+    def after_batch(self): self.validated |= not self.training
+
+    def after_validate(self):
+        "Ask the network that is validated, if it was"
+        if self.trained and self.validated:
+            self.epochs.append({"epoch": self.learn.epoch, **wrong_answers(self.learn)})
+        self.trained = False

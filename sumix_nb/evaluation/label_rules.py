@@ -18,6 +18,7 @@ from torchvision.transforms.functional import normalize
 
 from ..checks import check_whole
 from ..data.scenes import MaskedImages
+from .accuracy import evaluating
 from .label_errors import LabelErrorLog
 from .mismatch import bootstrap_weights
 from ..labels import RULES, Evidence
@@ -60,14 +61,13 @@ def judge(
     "Mix images, and ask every rule for its share"
     check_whole("bs", bs, 2)
     if len(data) < bs: raise ValueError(f"`data` must hold at least {bs} images, got {len(data)}")
-    device, training, draws = next(model.parameters()).device, model.training, torch.Generator()
+    device, draws = next(model.parameters()).device, torch.Generator()
     order = torch.randperm(len(data), generator=draws.manual_seed(seed))[:len(data) // bs * bs]
     def batches(rows):
         for part in rows.split(bs):
             images = normalize(data.images[part] / 255, mean, std).to(device)
             yield part, images, data.target[part].to(device), data.masks[part].to(device)
-    model.eval()
-    try:
+    with evaluating(model):
         clean = [seen_by(model, images) for _, images, *_ in batches(order)]
         logits = torch.cat([part[0] for part in clean])
         means, parts = class_means(logits, data.target[order].to(device)), []
@@ -76,7 +76,6 @@ def judge(
             evidence = Evidence(mixed, *seen_by(model, mixed.images), *known, images, masks, means,
                                 find_classifier(model), draws)
             parts.append(answers(evidence, rows))
-    finally: model.train(training)
     shares, *others = zip(*parts)
     joined = {rule: torch.cat([share[rule] for share in shares]).cpu() for rule in shares[0]}
     return Judged(joined, *(torch.cat(other, 1).cpu() for other in others))

@@ -83,7 +83,8 @@ def present_outside(inside:str)->list[str]:
     data = Path(os.environ.get("SUMIX_DATA", "."))
     files = {"svhn": data / "svhn" / "test_32x32.mat", "cifar10": data / "cifar10" / "test"}
     found = ["scenes", *(name for name, file in files.items() if file.exists())]
-    return [name for name in found if name != inside] or ["digits"]
+    family = ("scenes", "hard_scenes") if "scenes" in inside else (inside,)
+    return [name for name in found if name not in family] or ["digits"]
 
 # %% ../../nbs/evaluation/80_ood.ipynb #d110e58c
 def against_outside(
@@ -94,6 +95,9 @@ def against_outside(
     bs:int=250, # Images that are passed at once
 )->dict: # Name of the score -> {"auroc": ..., "fpr95": ...}
     "How well each of `SCORES` tells familiar images from strange ones"
+    familiar, first = test.images, outside[:1]
+    if familiar.shape[1:] == first.shape[1:] and (familiar == first).flatten(1).all(1).any():
+        raise ValueError("`outside` must be strange images, but its first one is in `test`")
     logits = [predict(model, test, images, bs) for images in (test.images, outside)]
     found = {}
     for name, score in SCORES.items():

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_lam
 from .rules import RULES
-from ..models.tap import find_classifier
 from ..sumix.evidence import Passes
 from ..sumix.mix import Mix
 from ..sumix.mixed_loss import mixed_loss
@@ -37,7 +36,7 @@ class Relabel(Mix):
         if isinstance(rule, type) or not callable(self.rule):
             raise TypeError(f"`rule` must be a name or called as rule(evidence), got {rule!r}")
         self.passes = Passes(getattr(self.rule, "needs", ()), clean, update_bn, layer)
-        self.evidence = None
+        self.clean, self.update_bn, self.layer, self.evidence = clean, update_bn, layer, None
 
     def __getstate__(self): return super().__getstate__() | {"evidence": None}
 
@@ -59,8 +58,10 @@ def before_fit(self:Relabel):
     "As `Mix`; and if the Learner was given another network, move there"
     Mix.before_fit(self)
     passes, model = self.passes, self.learn.model
-    if passes.classifier is None: return
-    if find_classifier(model, passes.layer) is not passes.classifier: self.learn = self.learn
+    classifier, layers = passes.find(model)
+    if not (classifier or layers): return
+    if classifier is not passes.classifier or [*layers.values()] != passes.tapped:
+        self.learn = self.learn
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(f"{type(self).__name__} cannot work under nn.DataParallel: "
                          "use `sumix_nb.training.processes.distribute` instead")

@@ -59,7 +59,7 @@ RULES["lumix"] = LUMix()
 def means(evidence:Evidence)->Tensor:
     "The share of the first class by the distances to both class means (after GenLabel)"
     logits, centers = full_precision(evidence.logits.detach()), evidence.means
-    d_a, d_b = ((logits - centers[check_labels(target, logits)]).square().mean(1)
+    d_a, d_b = ((logits - centers[check_labels(target, logits).clamp(min=0)]).square().mean(1)
                 for target in (evidence.mixed.target_a, evidence.mixed.target_b))
     return (d_b - d_a).sigmoid()
 

@@ -66,7 +66,7 @@ class SnapMix:
         if weight.shape[1] != maps.shape[1]:
             raise ValueError(f"`maps` must have a channel for each of the {weight.shape[1]} inputs "
                              f"of the classifier, got {maps.shape[1]}")
-        weight = weight[check_labels(mixed.target_a, evidence.clean_logits)]
+        weight = weight[check_labels(mixed.target_a, evidence.clean_logits).clamp(min=0)]
         found = (weight[:, :, None, None] * maps).sum(1, keepdim=True)
         found = F.interpolate(found, mixed.images.shape[2:], mode="bilinear")
         found = found - found.amin((2, 3), keepdim=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from torch import Tensor, nn
 
@@ -102,14 +103,19 @@ class Passes:
 
 # %% ../../nbs/sumix/45_evidence.ipynb #2691bdbe
 @patch
+def find(self:Passes, model:nn.Module)->tuple[nn.Linear|None, dict]:
+    "The classifier, if it is needed, and the layers to tap, by what is wanted of them"
+    def needed(word): return any(word in name for name in self.needs)
+    classifier = None
+    if needed("features") or needed("classifier"): classifier = find_classifier(model, self.layer)
+    layers = {"features": classifier} if needed("features") else {}
+    return classifier, layers | ({"maps": find_pool(model)} if needed("maps") else {})
+
+
+@patch
 def attach(self:Passes, model:nn.Module):
     "Find the classifier, and tap what is needed of features and maps"
-    def needed(word): return any(word in name for name in self.needs)
-    layers = {}
-    if needed("features") or needed("classifier"):
-        self.classifier = find_classifier(model, self.layer)
-    if needed("features"): layers["features"] = self.classifier
-    if needed("maps"): layers["maps"] = find_pool(model)
+    self.classifier, layers = self.find(model)
     self.taps = {name: FeatureTap(layer, training_only=True) for name, layer in layers.items()}
     self.tapped, self.checked = list(layers.values()), False
     if not layers: return
@@ -148,6 +154,12 @@ def pass_clean(self:Passes, model:nn.Module, images:Tensor, training:bool=True)-
 
 # %% ../../nbs/sumix/45_evidence.ipynb #8a9e4478
 @patch
+def spared(self:Passes, mixed:Mixed)->bool:
+    "Is no clean pass needed? Of several processes all make it, as they wait for each other"
+    return mixed.untouched and num_distrib() <= 1
+
+
+@patch
 def inputs(self:Passes, mixed:Mixed, images:Tensor, **given)->Tensor: # (N, C, H, W), or 2N
     "What to call the network with for the mixture of `images`; `given`: index, masks, generator"
     if "masks" in self.needs and given.get("masks") is None:
@@ -156,7 +168,7 @@ def inputs(self:Passes, mixed:Mixed, images:Tensor, **given)->Tensor: # (N, C, H
         raise ValueError('`clean` must not be "bank" where the loader does not say which images a '
                          "batch holds; loaders of `get_dls` say it if they hold decoded images")
     self.batch = (mixed, images, given)
-    both = self.second and self.clean == "concat" and not mixed.untouched
+    both = self.second and self.clean == "concat" and not self.spared(mixed)
     return torch.cat([mixed.images, images]) if both else mixed.images
 
 
@@ -167,32 +179,32 @@ def remember(self:Passes, model:nn.Module, parts:list)->None:
     if mixed.target_a.ndim != 1 or mixed.target_a.is_floating_point():
         raise ValueError("labels must be class indices (N,) to remember clean images, "
                          f"got {mixed.target_a.dtype} {tuple(mixed.target_a.shape)}")
-    rows = {"means": mixed.target_a, "bank": given.get("index")}
+    rows = {"means": mixed.target_a.clamp(min=0), "bank": given.get("index")}
     if "means" in self.memories: self.memories["means"].size = parts[0].shape[1]
     values = [part.detach() for part in parts[:2] if part is not None]
-    weight = mixed.lam.eq(1).float()
-    if not mixed.untouched:
+    weight, labelled = mixed.lam.eq(1).float(), mixed.target_a >= 0
+    if not self.spared(mixed):
         known = all(kept.knows(rows[name]) for name, kept in self.memories.items())
         n = max(1, len(images) // REFRESH) if known else len(images)
         fresh = self.pass_clean(model, images[:n], training=False)
         values = [torch.cat([new.detach().to(old.dtype), old[n:]])
                   for new, old in zip(fresh, values)]
         weight = torch.cat([torch.ones_like(weight[:n]), weight[n:]])
-    for name, kept in self.memories.items(): kept.update(rows[name], values, weight)
+    for name, kept in self.memories.items(): kept.update(rows[name], values, weight * labelled)
 
 
 @patch
 def collect(self:Passes, model:nn.Module, output)->Evidence:
     "The evidence of the `output` for `inputs`, after a clean pass where one is needed"
     (mixed, images, given), clean = self.batch, []
-    parts, second = self.read(output), self.second and not mixed.untouched
+    parts, second = self.read(output), self.second and not self.spared(mixed)
     if second and self.clean == "concat":
         parts, clean = zip(*[(None, None) if part is None else part.chunk(2) for part in parts])
     elif second and not self.remembers:
         clean = self.pass_clean(model, images, training=self.clean in TRAINING)
     if self.memories: self.remember(model, parts)
     if second and self.remembers:
-        rows = mixed.target_a if self.clean == "means" else given["index"]
+        rows = mixed.target_a.clamp(min=0) if self.clean == "means" else given["index"]
         clean = self.memories[self.clean].recall(rows)
     self.batch, others = None, {"images": images, "classifier": self.classifier, **given}
     if "means" in self.needs: others["means"] = self.memories["means"].tables[0]

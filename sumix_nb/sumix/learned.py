@@ -16,7 +16,7 @@ from ..checks import check_choice, check_flag, check_number
 from ..labels.relabel import Relabel
 from ..mixers.automix import MODES
 from ..mixers.mixed import Mixed, unmixed
-from ..models.tap import find_stage, maps_of, outputs_of, unwrap
+from ..models.tap import find_classifier, find_stage, maps_of, outputs_of, unwrap
 from ..models.teacher import Teacher, check_scope, teacher_momentum
 from .callback import join_optimizer, leave_optimizer
 from .evidence import Passes
@@ -43,7 +43,8 @@ class Parts(nn.Module):
         if uncertain: self.uncertainty = UncertaintyHead(*sizes)
         self.to(weight.device, weight.dtype)
         self.teacher, self.teacher_head = Teacher(network), Teacher(self.head)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=weight.device))
+        for name, kind in (("updates", torch.int64), ("shown", torch.bool)):
+            self.register_buffer(name, torch.zeros((), dtype=kind, device=weight.device))
 
     def begin(self, network):
         "Teachers that never moved become copies of what they follow"
@@ -67,7 +68,8 @@ def keep_or_begin(classifier:nn.Linear, state_dict:dict, prefix:str, *ignored)->
     "Let parts load from what has none; if that is a plain network, the teacher begins anew"
     parts = classifier.get_submodule(PARTS_NAME)
     own = parts.state_dict()
-    if f"{prefix}weight" in state_dict: own["updates"] = torch.zeros_like(parts.updates)
+    if f"{prefix}weight" in state_dict:
+        own |= {name: torch.zeros_like(own[name]) for name in ("updates", "shown")}
     for name, value in own.items(): state_dict.setdefault(f"{prefix}{PARTS_NAME}.{name}", value)
 
 # %% ../../nbs/sumix/75_learned.ipynb #fbdf9e51
@@ -108,7 +110,8 @@ def attach(self:LearnedPasses, model:nn.Module):
     if PARTS_NAME in self.classifier._modules:
         Passes.detach(self)
         raise ValueError("the network learns a mixer already: remove that callback first")
-    if self.network is not unwrap(model):
+    fits = self.parts and self.parts.head.weight.shape == self.classifier.weight.shape
+    if self.network is not unwrap(model) or not fits:
         self.network, generator = unwrap(model), self.make_generator(channels)
         self.parts = Parts(self.network, self.classifier, generator, self.method == "sumix")
     self.source = source
@@ -180,16 +183,17 @@ class LearnedMix(Relabel):
         check_scope(scope)
         check_choice("report", report, ("teacher", "student"))
         self.base, self.end, self.scope, self.report = base, end, scope, report
-        self.passes, self.terms, self.shown, self.left = passes, None, False, None
+        self.passes, self.terms, self.left = passes, None, None
 
     parts = property(lambda self: self.passes.parts)
     uncertainty_head = property(lambda self: self.parts.uncertainty)
+    shown = property(lambda self: bool(self.parts.shown))
 
     def show(self, teacher):
         "Bring the teacher's numbers into the network, or the student's back"
         if teacher and not (self.report == "teacher" and self.parts.updates): return
         if teacher != self.shown: self.parts.exchange(self.passes.network)
-        self.shown = teacher
+        self.parts.shown.fill_(teacher)
 
     def before_validate(self): self.show(True)
     def after_validate(self): self.show(False)
@@ -200,10 +204,9 @@ def attach(self:LearnedMix):
     "Hang the parts into the network"
     passes, before = self.passes, self.parts
     passes.attach(self._learn.model)
-    if self.parts is not before: self.shown = False
-    elif self.shown and not math.isclose(self.sum_of_network(), self.left, rel_tol=1e-9):
-        self.shown = False
-        self.parts.updates.zero_()
+    left = self.parts is before and self.shown
+    if left and not math.isclose(self.sum_of_network(), self.left, rel_tol=1e-9):
+        for fact in (self.parts.shown, self.parts.updates): fact.zero_()
     self.show(False)
     join_optimizer(self._learn, passes.classifier, self.parts)
 
@@ -229,6 +232,9 @@ def sum_of_network(self:LearnedMix)->float:
 @patch
 def before_fit(self:LearnedMix):
     "As `Relabel`; and let a new teacher begin"
+    parts, classifier = self.parts, find_classifier(self.learn.model, self.passes.layer)
+    if classifier.weight.shape != parts.head.weight.shape:  # then `attach` makes new parts
+        for fact in (parts.shown, parts.updates): fact.zero_()
     Relabel.before_fit(self)
     self.show(False)
     self.passes.generator, self.passes.seed = self.generator, self.seed

@@ -52,6 +52,7 @@ def update(self:Memory,
 )->None:
     "Move the rows towards their new values"
     rows, weight, *values = (gathered(part) for part in (rows.to(weight.device), weight, *values))
+    for value in values: weight = weight * value.isfinite().all(1)
     self.grow(rows, values)
     rows, place = rows.unique(return_inverse=True)
     new = torch.zeros(len(rows), device=rows.device).index_add_(0, place, weight)
@@ -59,7 +60,8 @@ def update(self:Memory,
     self.counts[rows] = count
     for table, value in zip(self.tables, values):
         mean = table[rows]
-        total = torch.zeros_like(mean).index_add_(0, place, weight[:, None] * value.float())
+        value = value.float().masked_fill(weight[:, None] == 0, 0)
+        total = torch.zeros_like(mean).index_add_(0, place, weight[:, None] * value)
         table[rows] = mean + (total - new[:, None] * mean) / count.clamp(min=1)[:, None]
 
 

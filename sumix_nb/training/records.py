@@ -59,6 +59,7 @@ def make_record(recipe:Recipe, learn)->dict:
             "seconds_per_step": min(epoch["seconds_per_step"] for epoch in log.epochs),
             "epochs": log.epochs, "ratio_curve": log.ratio_curve, "reliability": log.reliability,
             **({"by_size": learn.size_log.by_size} if hasattr(learn, "size_log") else {}),
+            **({"label_noise": learn.noise_log.epochs} if hasattr(learn, "noise_log") else {}),
             "device": device_name(device), "peak_memory": peak_memory(device),
             "versions": {"python": platform.python_version(), **packages}}
 

@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import partial
-from inspect import signature
+from inspect import isfunction, signature
 
 import numpy as np
 import torch
@@ -108,7 +108,8 @@ def training_facts(learn, name, world=1):
     for cb in sum(groups.values(), []):
         for key in signature(type(cb).__init__).parameters:
             value = vars(cb).get(key)
-            if isinstance(value, (bool, int, float, str)) or is_dataclass(value):
+            if isfunction(value): value = value.__qualname__
+            if isinstance(value, (bool, int, float, str, tuple)) or is_dataclass(value):
                 facts[f"{type(cb).__name__}'s {key}"] = repr(value)
     return facts
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..checks import check_number
+from ..sumix.learned import LearnedMix
 
 # %% ../../nbs/training/40_steps.ipynb #0e78dfa2
 class Autocast(Callback):
@@ -56,6 +57,9 @@ class WeightAverage(Callback):
 
     def before_fit(self):
         "Begin with the weights as they are, or as they were before a validation that did not end"
+        if any(isinstance(cb, LearnedMix) for cb in self.learn.cbs):
+            raise ValueError("WeightAverage cannot stand beside a mixer that learns, whose teacher "
+                             "is a moving average already")
         if self.swapped: self.exchange()
         self.average = [tensor.clone() for tensor in self.tensors()]
 

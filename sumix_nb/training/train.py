@@ -165,7 +165,7 @@ def make_learner(
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
     if getattr(dls.valid_ds, "masks", None) is not None: callbacks.append(SizeLog())
-    if recipe.label_noise: callbacks.append(NoiseLog(callbacks[0]))
+    if recipe.label_noise: callbacks.append(NoiseLog())
     if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))
@@ -225,7 +225,8 @@ def train(
             raise FloatingPointError(f"the training loss of {recipe.name} is not finite: "
                                      f"lower `lr` ({recipe.lr})")
         if rank_distrib() > 0: return record
-        if weights is not None: write_weights(learn.model, recipe, weights)
+        if weights is not None:
+            with learn.without_mixing(): write_weights(learn.model, recipe, weights)
         if folder is not None:
             write_record(record, folder)
             for keeper in keepers: keeper.file.unlink()

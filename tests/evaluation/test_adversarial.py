@@ -88,13 +88,19 @@ def test_the_measure_counts_what_each_attack_finds():
     test = Images(pixels, torch.arange(7), *FACTS.values())
     model = Colours()
     found = under_attack(model, test, (0, 8, 64), bs=3)
-    images = test.normalised(pixels)
+    images, counted = test.normalised(pixels), {0: 0, 8: 0, 64: 0}
     for level, fast, legacy in zip(found["eps"], found["fgsm"], found["legacy"]):
         for share, space in ((fast, "pixel"), (legacy, "legacy")):
             attacked = fgsm(model, images, test.target, level / 255, space=space, **FACTS)
             with torch.no_grad(): wrong = model.eval()(attacked).argmax(1) != test.target
             assert share == pytest.approx(wrong.double().mean().item())
-    assert found["n"] == 7 and found["random"][0] == found["fgsm"][0]
+    draws = torch.Generator().manual_seed(0)
+    for part, target in zip(images.split(3), test.target.split(3)):
+        for level in found["eps"]:
+            moved = random_signs(part, level / 255, generator=draws, **FACTS)
+            with torch.no_grad(): counted[level] += (model.eval()(moved).argmax(1) != target).sum().item()
+    assert found["n"] == 7 and found["random"] == pytest.approx([counted[level] / 7 for level in found["eps"]])
+    assert found["random"][1:] != found["fgsm"][1:]
 
 
 def test_random_signs_move_every_value_that_has_room():

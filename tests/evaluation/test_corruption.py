@@ -108,6 +108,14 @@ def test_nothing_is_read_from_or_written_to_the_global_generator_or_the_input(na
     assert torch.equal(IMAGES, before) and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", ["defocus_blur", "spatter", "glass_blur"])
+def test_autocast_around_it_changes_no_picture(name):
+    images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    plain = corrupt(images, name, 3, torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16): half = corrupt(images, name, 3, torch.Generator().manual_seed(1))
+    assert torch.equal(plain, half)
+
+
 def test_each_image_has_its_own_draws():
     same = IMAGES[:1].expand(4, -1, -1, -1).contiguous()
     random = [name for name in CORRUPTIONS if not torch.equal(*corrupt(same, name, 5)[:2])]

@@ -1,9 +1,11 @@
 "Labels that are made wrong on purpose, from the loaders to the record"
 import pytest
 import torch
+from fastai.learner import Learner
 
 from sumix_nb.data.choosing import mislabel
 from sumix_nb.data.loaders import get_dls
+from sumix_nb.evaluation.label_noise import wrong_answers
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.train import make_learner, train
 
@@ -42,8 +44,8 @@ def test_a_share_that_is_none_is_refused(wrong):
 def test_a_record_says_what_was_memorised_where_it_was_validated(options):
     recipe = Recipe(epochs=3, validate_every=2, **NOISY, **options)
     learn = make_learner(recipe, device="cpu")
-    epochs = train(recipe, learn=learn, progress=False)["epochs"]
-    assert ["memorised" in epoch for epoch in epochs] == [False, True, True]
+    epochs = train(recipe, learn=learn, progress=False)["label_noise"]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
     dls, said = learn.dls, []
     with torch.no_grad():
         for batch in dls.valid.new(dls.train_ds): said.append(learn.model.eval()(batch[0]).argmax(1))
@@ -51,4 +53,27 @@ def test_a_record_says_what_was_memorised_where_it_was_validated(options):
     counted = [sum(bool(said[i] == label[i]) for i in range(200) if wrong[i]) / 60
                for label in (dls.train_ds.target, dls.train_ds.truth)]
     assert [epochs[-1]["memorised"], epochs[-1]["recovered"]] == pytest.approx(counted)
-    assert "memorised" not in train(Recipe(**NOISY | {"label_noise": 0.0, "epochs": 1}), progress=False)["epochs"][-1]
+    assert "label_noise" not in train(Recipe(**NOISY | {"label_noise": 0.0, "epochs": 1}), progress=False)
+
+
+def test_training_images_are_shown_as_validation_images_are():
+    dls = get_dls("digits", view="fine_grained", label_noise=0.5, limit=20, bs=10, size=16, workers=0, device="cpu")
+    seen = []
+    class Spy(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images.as_subclass(torch.Tensor))
+            return torch.zeros(len(images), dls.c)
+    learn = Learner(dls, Spy(), loss_func=torch.nn.CrossEntropyLoss())
+    wrong_answers(learn)
+    wrong_answers(learn)
+    once, again = torch.cat(seen).split(20)
+    assert torch.equal(once, again) and dls.train_ds.split_idx == 0
+
+
+@pytest.mark.parametrize("options", [{"ema": 0.9}, {"mixer": "automix", "mixer_options": {"base": 0.5}}])
+def test_the_network_that_is_validated_is_asked(options):
+    recipe = Recipe(**NOISY | {"epochs": 2, "bs": 20} | options)
+    learn = make_learner(recipe, device="cpu")
+    record = train(recipe, learn=learn, progress=False)
+    with learn.without_mixing(): found = wrong_answers(learn)
+    assert {name: record["label_noise"][-1][name] for name in found} == pytest.approx(found)

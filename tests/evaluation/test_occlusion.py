@@ -5,7 +5,7 @@ import torch
 
 from sumix_nb.evaluation.accuracy import UnseenImages as Images
 from sumix_nb.evaluation.accuracy import accuracy_of, predict
-from sumix_nb.evaluation.occlusion import occlude, plot_occlusion, salient_patches, under_occlusion
+from sumix_nb.evaluation.occlusion import occlude, patch_side, plot_occlusion, salient_patches, under_occlusion
 from tests.evaluation.oracles import FACTS, Colours
 
 IMAGES = torch.randn(5, 3, 16, 24, generator=torch.Generator().manual_seed(0)) + 9  # never 0
@@ -61,9 +61,15 @@ def test_the_curve_counts_answers():
 def test_the_band_is_a_t_interval():
     found = {"ratio": [0, 1], "random": [[0.5, 0.6, 0.7], [0.1, 0.1, 0.1]], "salient": [0.6, 0.1]}
     ax = plot_occlusion({"mine": found})
-    low, high = np.array(ax.collections[0].get_paths()[0].vertices)[:, 1].min(), 60 + 4.302653 * 10 / 3**0.5
+    corners, reach = np.array(ax.collections[0].get_paths()[0].vertices), 4.302653 * 10 / 3**0.5
+    ends = corners[corners[:, 0] == 0][:, 1]
     assert ax.get_lines()[0].get_ydata().tolist() == pytest.approx([60, 10])
-    assert ax.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(high) and low <= 10
+    assert (ends.min(), ends.max()) == pytest.approx((60 - reach, 60 + reach))
+
+
+@pytest.mark.parametrize(("sides", "patch"), [((32, 32), 4), ((64, 64), 8), ((224, 224), 16), ((28, 28), 4),
+                                              ((100, 100), 10), ((48, 32), 4), ((31, 31), 1)])
+def test_the_patch_divides_both_sides(sides, patch): assert patch_side(*sides) == patch
 
 
 @pytest.mark.parametrize(("error", "call", "message"), [

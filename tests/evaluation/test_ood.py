@@ -102,6 +102,18 @@ def test_bad_input(error, call, message):
     with pytest.raises(error, match=message): call()
 
 
+@pytest.mark.parametrize("name", ["scenes", "hard_scenes"])
+def test_scenes_are_not_strange_to_scenes(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUMIX_DATA", str(tmp_path))
+    assert present_outside(name) == ["digits"] and present_outside("digits") == ["scenes"]
+
+
+def test_familiar_images_are_not_strange():
+    images = torch.randint(256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    test = Images(images, torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="`outside` must be strange"): against_outside(None, test, images[3:])
+
+
 @pytest.mark.parametrize("name", ["svhn", "cifar10", "imagenet"])
 def test_sets_that_are_not_there(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SUMIX_DATA", str(tmp_path))

@@ -177,6 +177,34 @@ def test_a_pair_of_weights_makes_the_loss_smaller():
     torch.testing.assert_close(learn.relabel.shares()[1], torch.where(alone, 1, 2 / 3).repeat(3))
 
 
+def test_a_rule_by_maps_follows_another_network():
+    learn = fit(learner(Relabel(CutMix(), "cam", seed=0), model=narrow()))
+    learn.model = other = narrow()
+    fit(learn)
+    assert learn.relabel.passes.tapped[0] in list(other.modules())
+    learn.model = nn.DataParallel(other)
+    with pytest.raises(ValueError, match="cannot work under nn.DataParallel"): fit(learn)
+
+
+@pytest.mark.parametrize("rule", ["means", "snapmix"])
+def test_images_without_a_label_teach_the_memory_nothing(rule):
+    data, seen = scenes(24, 16), []
+    target = data.target.clone()
+    target[::3] = -100
+    train = TensorDL(ImageSet(data.images, data.target, data.vocab, 0), 8, after_batch=[IntToFloatTensor()])
+    class Unlabel(Callback):
+        order = Relabel.order - 1
+        def before_batch(self): self.learn.yb = (target[train.index],)
+    model, callback = narrow(), Relabel(CutMix(per_sample=True, p=0.5), rule, seed=0)
+    learn = learner(callback, model=model, dls=DataLoaders(train, train))
+    callback.rule, given = lambda evidence: seen.append(given(evidence)) or seen[-1], callback.rule
+    fit(learn, cbs=Unlabel())
+    assert all(part.isfinite().all() for label in seen for part in (label if isinstance(label, tuple) else (label,)))
+    if rule == "means":
+        known = callback.passes.memories["means"].counts > 0
+        assert known.nonzero()[:, 0].tolist() == sorted(set(target[target >= 0].tolist()))
+
+
 @pytest.mark.parametrize("clean", ["eval", "means", "bank"])
 def test_what_is_remembered_costs_few_passes_and_survives_a_checkpoint(clean, tmp_path, drawn):
     def made():

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from sumix_nb.checks import check_shares
 from sumix_nb.mixers.mixed import Mixed, Mixer, blend_, is_channels_last, sample_lam, take_images
+from sumix_nb.mixers.resizemix import ResizeMix
 from tests.mixers.oracles import ALL, BOOLS, BOX, seeded
 
 IMAGES, TARGET = torch.randn(4, 1, 6, 5, generator=seeded()), torch.tensor([3, 1, 2, 1])
@@ -78,6 +79,15 @@ def test_a_record_moves_as_a_whole():
     back = mixed.to("cpu")
     assert all(vars(back)[name] is part for name, part in vars(mixed).items())
     assert record().to("meta").mask is None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_what_a_moved_record_shows_is_where_the_maps_are(device):
+    mixed = ResizeMix(per_sample=True)(IMAGES, TARGET, generator=torch.Generator().manual_seed(0))
+    parts = mixed.to(device).visible(IMAGES.to(device))
+    assert {part.device.type for part in parts} == {device}
+    for part, wanted in zip(parts, mixed.visible(IMAGES), strict=True): torch.testing.assert_close(part.cpu(), wanted)
 
 
 def test_soft_targets_of_indices_soft_labels_and_equal_labels_by_hand():

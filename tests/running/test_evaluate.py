@@ -6,11 +6,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sumix_nb.data.scenes import scenes
 from sumix_nb.evaluation.accuracy import accuracy_of, predict, unseen_images
+from sumix_nb.evaluation.adversarial import pgd
 from sumix_nb.evaluation.corruption import CORRUPTIONS, under_corruption
 from sumix_nb.running import evaluate as module
 from sumix_nb.running.evaluate import MEASURES, Subject, evaluate, facts_of, headline, measure_subject
@@ -83,7 +85,12 @@ def test_maps_strange_images_and_pgd(run):
     assert found["cam"]["headline"]["object"] == pytest.approx(masked.masks.double().mean().item())
     assert found["ood"]["parts"].keys() == {"scenes"} and 0 <= found["ood"]["headline"]["scenes"] <= 1
     few = Subject(run[0].model, unseen_images(run[0].dls, 10), "few")
-    assert under_pgd(few, "0")["error"] == pytest.approx(1 - accuracy_of(predict(few.model, few.test), few.test.target))
+    images, facts = few.test.normalised(few.test.images), {"mean": few.test.mean, "std": few.test.std}
+    for level in (0, 8, 64):
+        draws = torch.Generator().manual_seed(few.seed)
+        attacked = pgd(few.model, images, few.test.target, level / 255, step=level / 4 / 255, generator=draws, **facts)
+        right = accuracy_of(predict(few.model, few.test, attacked), few.test.target)
+        assert under_pgd(few, str(level))["error"] == pytest.approx(1 - right)
 
 
 def test_what_has_a_record_is_not_computed_again(subject, tmp_path, monkeypatch):
@@ -193,12 +200,24 @@ def test_damaged_records_are_named(spoil, subject, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "names"), [
-    ({"seed": 1}, "seed"), ({"precision": "bf16"}, "precision"), ({"published": "x"}, "published"),
-    ({"layer": "layer3"}, "layer"), ({"masked": scenes(2)}, "masked")])
+    ({"seed": 1}, "seed"), ({"precision": "bf16"}, "precision"), ({"layer": "layer3"}, "layer"),
+    ({"masked": scenes(2)}, "masked")])
 def test_records_of_other_subjects_are_refused(change, names, subject, tmp_path):
     measure_subject(subject, ["calibration"], tmp_path)
     with pytest.raises(ValueError, match=f"of another subject, which differs in {names}: delete it"):
         measure_subject(replace(subject, **change), ["calibration"], tmp_path)
+
+
+def test_other_masks_and_other_published_files_are_another_subject(subject, tmp_path):
+    fresh = replace(subject, masked=scenes(3, seed=1))
+    assert facts_of(fresh) != facts_of(replace(subject, masked=scenes(3, seed=2)))
+    files = {}
+    for name, value in (("one", 0), ("two", 1)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "fog.npy", np.full((10, 32, 32, 3), value, np.uint8))
+        np.save(tmp_path / name / "labels.npy", np.zeros(10, np.uint8))
+        files[name] = facts_of(replace(subject, published=str(tmp_path / name)))["published"]
+    assert None not in files.values() and files["one"] != files["two"]
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -217,7 +236,7 @@ def test_what_cannot_be_measured_ends_with_one_clear_line(options, message, run,
 
 
 def test_a_record_that_is_not_there_has_no_parts(tmp_path):
-    assert read_evaluation(tmp_path / "a.json", {}) == {"parts": {}, "seconds": {}}
+    assert read_evaluation(tmp_path / "a.json", {}) == {"parts": {}, "seconds": {}, "commits": {}}
 
 
 def test_a_stop_says_that_the_same_command_goes_on(run, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from sumix_nb.sumix.learned import PARTS_NAME
 from sumix_nb.sumix.loss import sumix_loss
 from sumix_nb.sumix.mix import Mix, MixedAccuracy
 from sumix_nb.training.resume import Checkpoint, Preempted, read_checkpoint
-from sumix_nb.training.steps import Autocast
+from sumix_nb.training.steps import Autocast, WeightAverage
 from tests.conftest import LIMIT, commands
 from tests.oracles import PRECISIONS
 from tests.sumix.learners import LOSSES, WEIGHT, At, Named, digits, fit, learner, make_dls, same, throw, weights
@@ -278,6 +278,36 @@ def test_an_interrupted_validation_leaves_a_learner_that_trains_on():
         assert not learn.automix.shown
         assert not torch.equal(learn.model.conv1.weight, student["conv1.weight"])
     fit(learn, cbs=At("before_batch", back, batch=0))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_weights_loaded_after_an_interrupted_validation_are_the_ones_that_train_on(plain, tmp_path):
+    learn = fit(automix(tmp=tmp_path))
+    if plain:
+        with learn.without_mixing(): torch.save(learn.model.state_dict(), tmp_path / "kept.pth")
+    else: learn.save("both")
+    before = torch.load(tmp_path / "kept.pth") if plain else weights(learn.model)
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=At("before_validate", throw(KeyboardInterrupt()), batch=2))
+    if plain: learn.model.load_state_dict(torch.load(tmp_path / "kept.pth"))
+    else: learn.load("both", with_opt=False)
+    def kept(): same({name: learn.model.state_dict()[name] for name in before if name != "fc.learned_mixer.shown"},
+                     {name: value for name, value in before.items() if name != "fc.learned_mixer.shown"})
+    assert not learn.automix.shown
+    fit(learn, cbs=At("before_batch", kept, batch=0, order=-10))
+
+
+def test_another_number_of_classes_begins_anew():
+    learn = fit(automix(), 2)
+    parts = learn.automix.parts
+    body = learn.model.conv1.weight.clone()
+    learn.model.fc = nn.Linear(learn.model.fc.in_features, learn.model.fc.out_features + 3)
+    seen = []
+    fit(learn, cbs=At("before_batch", lambda: seen.append(learn.model.conv1.weight.clone()), batch=0, order=-10))
+    assert learn.automix.parts is not parts and torch.equal(seen[0], body)
+
+
+def test_an_average_of_weights_beside_the_teacher_is_refused():
+    with pytest.raises(ValueError, match="cannot stand beside"): fit(automix(), cbs=WeightAverage(0.9))
 
 
 def test_save_load_and_lr_find_bring_everything_back(tmp_path):

@@ -26,6 +26,17 @@ def remember(rank, folder, span):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_value_that_is_not_finite_changes_nothing(bad, weight):
+    memory = Memory()
+    memory.update(torch.tensor([0, 1]), [torch.tensor([[1.0, 2], [3, 4]])], torch.ones(2))
+    before = [table.clone() for table in memory.tables]
+    memory.update(torch.tensor([0, 2]), [torch.tensor([[bad, 0], [bad, 1]])], torch.tensor([weight, weight]))
+    torch.testing.assert_close(memory.tables[0][:2], before[0])
+    assert memory.tables[0].isfinite().all() and not memory.knows(torch.tensor([2])) and memory.counts[0] == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs gloo over a file")
 @pytest.mark.parametrize("span", [50])
 def test_two_processes_keep_the_table_of_one(span, tmp_path):

@@ -343,6 +343,17 @@ def test_the_checkpoint_of_another_training_is_refused(file):
     refused(changed(), moved, f"name: {RECIPE.name} there, other here")
 
 
+@pytest.mark.parametrize(("one", "other", "words"), [
+    ({"label_rule": "drawn"}, {"label_rule": "permuted"}, "Relabel's rule: 'drawn' there, 'permuted' here"),
+    ({"label_rule": "corrected"}, {"label_rule": "corrected", "clean": "eval"},
+     "Relabel's clean: 'no_grad' there, 'eval' here")])
+def test_the_checkpoint_of_another_rule_is_refused(one, other, words, tmp_path):
+    learn = changed(method="mce", **one)
+    with pytest.raises(RuntimeError, match="interrupted"), learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(3, 0.02, cbs=[Checkpoint(tmp_path, "run"), Interrupt(3, "before_epoch")])
+    refused(changed(method="mce", **other), tmp_path / "run.ckpt", words)
+
+
 def test_a_damaged_or_foreign_file_is_refused(file):
     whole = file.read_bytes()
     weight = read_checkpoint(file)["network"]["fc.weight"].numpy().tobytes()
