@@ -1,6 +1,7 @@
 "The study of label rules: every number of its tables is computed again from the files, without the package"
 import json
 import math
+import re
 import statistics
 
 from scipy import stats
@@ -33,11 +34,37 @@ def by_hand():
     return {name: seeds for name, seeds in found.items() if sorted(seeds) == [0, 1, 2, 3, 4]}
 
 
-def interval(differences, level):
+def interval(differences, level=0.95, digits=1):
     "Mean, and Student's interval of five"
     mean, spread = statistics.mean(differences), statistics.stdev(differences)
     reach = stats.t.ppf((1 + level) / 2, 4) * spread / math.sqrt(5)
-    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]"
+    return f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
+
+
+def judged():
+    "Way of training -> for each of three seeds the errors after each epoch"
+    found = {}
+    for file in sorted((ROOT / "results/rule_errors").glob("*.json")):
+        record = json.loads(file.read_text())
+        recipe = record["recipe"]
+        assert len(record["rule_errors"]) == recipe["epochs"] + 1 == 13 and record["commit"][-1] != "+"
+        found.setdefault((recipe["mixer"], recipe["method"]), []).append(record["rule_errors"])
+    assert all(len(networks) == 3 for networks in found.values())
+    return found["cutmix", "mce"], found["none", "mce"], found["cutmix", "sumix"]
+
+
+def error(networks, rule, mixer="CutMix", epoch=-1, measure="error"):
+    "Mean over networks"
+    return sum(network[epoch][mixer][rule][measure][0] for network in networks) / len(networks)
+
+
+def cost(name):
+    "Of a step, in steps of CutMix by the area; none where it was not timed"
+    steps = json.loads((ROOT / "results/bench/3/sumix.json").read_text())["labels 16"]["methods"]
+    names = {"area": "CutMix", "SUMix corrected, means": "CutMix + SUMix, means",
+             "SUMix poster, means": "CutMix + SUMix, means"}
+    step = steps.get(names.get(name, f"CutMix, {name}"))
+    return f"{step['ratio']:.2f}" if step else ""
 
 
 def test_the_plan_holds_what_it_says():
@@ -47,38 +74,33 @@ def test_the_plan_holds_what_it_says():
     assert len(arms) == COMPARED + 2 and all(seeds == [0, 1, 2, 3, 4] for seeds in arms.values())
 
 
-def judged():
-    "Way of training -> the errors after the last epoch, of seed 0"
-    found = {}
-    for file in (ROOT / "results/rule_errors").glob("*.json"):
-        record = json.loads(file.read_text())
-        recipe = record["recipe"]
-        assert len(record["rule_errors"]) == recipe["epochs"] + 1 == 13 and record["commit"][-1] != "+"
-        if recipe["seed"] == 0: found[recipe["mixer"], recipe["method"]] = record["rule_errors"][-1]
-    return found["cutmix", "mce"], found["none", "mce"], found["cutmix", "sumix"]
-
-
 def test_every_number_of_the_errors_follows_from_the_files():
     own, plain, sumix = judged()
-    truth, mixers, _, _ = saved_tables(PAGE)
-    assert [row[0] for row in truth] == sorted(own["CutMix"], key=lambda rule: own["CutMix"][rule]["error"][0])
-    for rule, error, gain, ghosts, *others in truth:
-        found = own["CutMix"][rule]
-        assert error == f"{found['error'][0]:.3f}" and gain == "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found["gain"])
-        assert ghosts == f"{100 * found['ghosts'][0]:.0f}"
-        assert others == [f"{network['CutMix'][rule]['error'][0]:.3f}" for network in (plain, sumix)]
-    for rule, *errors in mixers:
-        assert errors == [f"{rules[rule]['error'][0]:.3f}" for rules in own.values()]
+    _, truth, by_size, by_mixer, _ = saved_tables(PAGE)
+    assert [row[0] for row in truth] == sorted(own[0][-1]["CutMix"], key=lambda rule: error(own, rule))
+    for rule, mean, gain, ghosts, *others in truth:
+        gains = [network[-1]["CutMix"][rule]["gain"] for network in own]
+        low, high = min(found[1] for found in gains), max(found[2] for found in gains)
+        assert mean == f"{error(own, rule):.3f}"
+        assert gain == f"{sum(found[0] for found in gains) / 3:+.3f} [{low:+.3f}, {high:+.3f}]"
+        assert ghosts == f"{100 * error(own, rule, measure='ghosts'):.0f}"
+        assert others == [f"{error(networks, rule):.3f}" for networks in (plain, sumix)]
+    for rule, *errors in by_size:
+        fifths = [sum(network[-1]["CutMix"][rule]["sizes"][k][0] for network in own) / 3 for k in range(5)]
+        assert errors == [f"{value:.3f}" for value in fifths]
+    for rule, *errors in by_mixer:
+        assert errors == [f"{error(own, rule, mixer):.3f}" for mixer in own[0][-1]]
 
 
 def test_every_number_of_the_accuracies_follows_from_the_files():
-    runs = by_hand()
+    runs, (own, _, _) = by_hand(), judged()
     right = {name: [100 * seeds[k]["accuracy"] for k in range(5)] for name, seeds in runs.items()}
-    _, _, trained, sizes = saved_tables(PAGE)
-    assert sorted(row[0] for row in trained) == sorted(row[0] for row in sizes) == sorted(right)
-    for name, accuracy, difference, ahead in trained:
+    frontier, *_, sizes = saved_tables(PAGE)
+    assert sorted(row[0] for row in frontier) == sorted(row[0] for row in sizes) == sorted(right)
+    for name, mean, accuracy, difference, ahead, step in frontier:
         values = right[name]
         pairs = [one - other for one, other in zip(values, right["area"], strict=True)]
+        assert mean == (f"{error(own, name):.3f}" if name in own[0][-1]["CutMix"] else "") and step == cost(name)
         assert accuracy == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
         if name == "area": assert difference == ahead == ""
         else:
@@ -87,6 +109,32 @@ def test_every_number_of_the_accuracies_follows_from_the_files():
     for name, *fifths in sizes:
         means = [statistics.mean(100 * seeds["by_size"][k] for seeds in runs[name].values()) for k in range(5)]
         assert fifths == [f"{value:.1f}" for value in means]
+
+
+def test_the_short_table_of_the_home_page_says_the_same():
+    (own, _, _), names = judged(), {"λ~ of SUMix (poster)": "poster", "λ~ of SUMix (corrected)": "corrected",
+                                    "SnapMix": "snapmix", "the truth itself": "oracle"}
+    rows = re.findall(r"^\| ([^|]+) \| (0\.\d{3}) \| (\d\.\d\d) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for label, mean, step in rows:
+        rule = names.get(label, label.partition(":")[0])
+        assert (mean, step) == (f"{error(own, rule):.3f}", cost(rule))
+
+
+def test_the_planned_correlation_and_sizes_follow_from_the_files():
+    runs, (own, _, _) = by_hand(), judged()
+    text = PAGE.read_text()
+    names = [name for name in runs if name in own[0][-1]["CutMix"]]
+    errors = [error(own, name) for name in names]
+    by_seed = [stats.spearmanr(errors, [runs[name][k]["accuracy"] for name in names])[0] for k in range(5)]
+    assert interval(by_seed, digits=2) in text
+    def gained(size, k, odds):
+        shares = [runs[name][k]["by_size"][size] for name in ("oracle", "area")]
+        one, other = (math.log(share / (1 - share)) if odds else 100 * share for share in shares)
+        return one - other
+    for odds in (False, True):
+        asked = [gained(0, k, odds) - gained(4, k, odds) for k in range(5)]
+        assert interval(asked, digits=2) in text
 
 
 def test_pairs_saw_the_same_mixtures():
