@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from ..mixers.choosing import MIXERS, OneOf
 from ..mixers.mixed import Mixed
 from ..models.tap import FeatureTap, check_classifier, find_classifier, find_pool
 from ..models.tap import read_logits
-from .memory import Memory
+from .memory import Memory, processes
 
 # %% ../../nbs/sumix/45_evidence.ipynb #14562f73
 class Evidence(NamedTuple):
@@ -156,7 +155,7 @@ def pass_clean(self:Passes, model:nn.Module, images:Tensor, training:bool=True)-
 @patch
 def spared(self:Passes, mixed:Mixed)->bool:
     "Is no clean pass needed? Of several processes all make it, as they wait for each other"
-    return mixed.untouched and num_distrib() <= 1
+    return mixed.untouched and processes() == 1
 
 
 @patch
