@@ -947,6 +947,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sumix_nb.sumix.memory': { 'sumix_nb.sumix.memory.Memory': ('sumix/memory.html#memory', 'sumix_nb/sumix/memory.py'),
                                        'sumix_nb.sumix.memory.Memory.__init__': ( 'sumix/memory.html#memory.__init__',
                                                                                   'sumix_nb/sumix/memory.py'),
+                                       'sumix_nb.sumix.memory.Memory.forget': ( 'sumix/memory.html#memory.forget',
+                                                                                'sumix_nb/sumix/memory.py'),
                                        'sumix_nb.sumix.memory.Memory.grow': ('sumix/memory.html#memory.grow', 'sumix_nb/sumix/memory.py'),
                                        'sumix_nb.sumix.memory.Memory.knows': ('sumix/memory.html#memory.knows', 'sumix_nb/sumix/memory.py'),
                                        'sumix_nb.sumix.memory.Memory.load_state_dict': ( 'sumix/memory.html#memory.load_state_dict',

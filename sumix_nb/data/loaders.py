@@ -194,7 +194,7 @@ def get_dls(
     n, truth = len(parts[0].items), parts[0].target
     parts[0] = parts[0]._replace(target=mislabel(truth, label_noise, len(vocab), generator))
     if masks and (view not in (None, "crop") or "scenes" not in name):
-        raise ValueError(f"`masks` must be False for {name}, whose images come without")
+        raise ValueError(f"`masks` must be False for {name} with view={view!r}, which has none")
     if drop_last and bs > n:
         raise ValueError(f"`bs` is {bs}, but there are only {n} training images")
 

@@ -109,7 +109,7 @@ def scenes(
     size:int=32, # Height and width, pixels, at least 16
     seed:int=0, # All follows from it
     *,
-    radius:tuple=(0.2, 0.4), # Least and largest radius, shares of the side, above 0 and below 1/2
+    radius:tuple=(0.2, 0.4), # Least and largest radius, shares of the side, 0.05 to 0.5
     clutter:int=2, # Small ellipses in each background
     cut_off:float=0.2, # Share of the images whose object may reach beyond the border, in [0, 1]
     noise:float=0.03, # Standard deviation of the noise on each pixel, of 1

@@ -146,18 +146,20 @@ class SizeLog(Callback):
 
     def before_validate(self):
         "Nothing counted yet"
-        masks = self.learn.dls.valid.dataset.masks
+        masks, self.sums = self.learn.dls.valid.dataset.masks, None
+        if masks is None: return
         if self.edges is None: self.edges = fifths(masks.float().mean((1, 2, 3)))
         self.sums = torch.zeros(5, 2, device=masks.device)
 
     def after_batch(self):
         "Count answers, and right ones"
-        if self.learn.training: return
+        if self.learn.training or self.sums is None or self.learn.dl.masks is None: return
         group = torch.bucketize(self.learn.dl.masks.float().mean((1, 2, 3)), self.edges)
         right = (self.learn.pred.argmax(1) == self.learn.y).as_subclass(Tensor).float()
         self.sums.index_add_(0, group, torch.stack([torch.ones_like(right), right], 1))
 
     def after_validate(self):
-        "The accuracy of each group"
+        "The accuracy of each group, if masks were there"
+        if self.sums is None or not self.sums.any(): return
         number, right = maybe_gather(self.sums[None]).sum(0).T
         self.by_size = (right / number.clamp(min=1)).tolist()

@@ -51,7 +51,7 @@ class Ratio:
         mixed, (z_mixed, z) = evidence.mixed, (getattr(evidence, name) for name in self.needs)
         ratio = mix_ratio(z_mixed.detach(), *evidence.sources(z.detach()), mixed.lam,
                           variant=self.variant, target_a=mixed.target_a, target_b=mixed.target_b)
-        return VARIANTS[self.variant].label(ratio)
+        return VARIANTS[self.variant].label(ratio, mixed.lam)
 
 
 RULES = {"area": area, "drawn": drawn, "permuted": permuted,

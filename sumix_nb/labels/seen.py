@@ -26,7 +26,7 @@ class Probability:
 
     def __call__(self, evidence:Evidence)->Tensor:
         logits, mixed = full_precision(evidence.logits.detach()), evidence.mixed
-        z_a, z_b = (logits.gather(1, check_labels(target, logits)[:, None])[:, 0]
+        z_a, z_b = (logits.gather(1, check_labels(target, logits).clamp(min=0)[:, None])[:, 0]
                     for target in (mixed.target_a, mixed.target_b))
         return self.weight * (z_a - z_b).sigmoid() + (1 - self.weight) * mixed.lam
 

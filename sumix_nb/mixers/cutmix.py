@@ -99,7 +99,8 @@ class CutMix(Mixer):
     def mix(self, images, partner, lam, *, model, generator):
         height, width = images.shape[-2:]
         center = self.centers(images, partner, len(lam), generator)
-        lam = lam.to(center[0].device, non_blocking=True)
+        dtype = torch.float32 if center[0].is_mps else lam.dtype # Apple's GPUs have no float64
+        lam = lam.to(center[0].device, dtype, non_blocking=True)
         if len(lam) == 1 and lam.device.type == "cpu":
             lam, center = lam.item(), [edge.item() for edge in center]
         box = mixing_box(lam, height, width, center)

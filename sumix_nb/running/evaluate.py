@@ -21,6 +21,7 @@ from fastcore.script import call_parse
 from torch import nn
 
 from ..checks import check_choice, check_seed, check_whole
+from ..data.files import FileSet
 from ..data.loaders import get_dls
 from ..data.scenes import MaskedImages, scenes
 from ..evaluation.accuracy import UnseenImages, predict, statistics_of, unseen_images
@@ -231,8 +232,11 @@ def subject_of(
         if data is None: raise ValueError("`data` must name the images for an exported Learner")
         learn = load_learner(file)
         learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Mix)])
-        shape = getattr(learn.dls.valid_ds, "images", torch.empty(0)).shape
-        dls = get_dls(data, bs=1, limit=(1, None), size=shape[-1] or None, **common)
+        own = learn.dls.valid_ds # which says how the network was shown its images
+        shape, files = getattr(own, "images", torch.empty(0)).shape, isinstance(own, FileSet)
+        view = "crop" if shape[-1] else "imagenet" if files else None
+        dls = get_dls(data, bs=1, limit=(1, None), size=shape[-1] or None, view=view, **common)
+        if files: dls.valid_ds.test = own.test
         if list(learn.dls.vocab) != list(dls.vocab):
             raise ValueError(f"`data` must have the classes of {file}, got {data!r}")
         mean, std = statistics_of(learn.dls)
@@ -242,11 +246,10 @@ def subject_of(
     recipe, model = trained_model(file)
     if data not in (None, recipe.data):
         raise ValueError(f"`data` must be that of {file}, {recipe.data!r}, got {data!r}")
-    shared = ("size", "seed", "valid", "view", "stats")
     most = recipe.limit if isinstance(recipe.limit, tuple) else (recipe.limit,) * 2
     if most[1] is None: most = (1, None)  # no choice among the unseen, so none of the others counts
     dls = get_dls(recipe.data, bs=1, limit=most, **common,
-                  **{name: getattr(recipe, name) for name in shared})
+                  **{name: getattr(recipe, name) for name in "size seed valid view stats".split()})
     test, masked = unseen_images(dls, limit), None
     if recipe.data == "scenes":
         masked = scenes(min(1000, len(test.target)), recipe.size or 32, seed=1)
@@ -289,5 +292,5 @@ def sumix_evaluate(
     except SystemExit as end:
         print("sumix_evaluate: stopped; the same command goes on", file=sys.stderr)
         sys.exit(128 + end.code)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         sys.exit(f"sumix_evaluate: {one_line(error)}")

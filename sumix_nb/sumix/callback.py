@@ -20,6 +20,7 @@ from ..labels.rules import Ratio
 from .evidence import CLEAN, TRAINING
 from .loss import SUMixTerms
 from .mix import Mix
+from .ratio import VARIANTS
 from .step import HEAD_NAME, SUMixPasses, SUMixStep
 
 _all_ = ["CLEAN", "TRAINING", "SUMixStep"]
@@ -102,7 +103,8 @@ def compute_loss(self:SUMix, logits:Tensor)->Tensor:
     evidence, self.evidence = self.evidence._replace(logits=logits), None
     terms = self.passes.terms(evidence, self.learn.loss_func)
     self.terms = SUMixTerms(*(term.detach() for term in terms))
-    self.remember(self.terms.ratio)
+    lam, rule = self.mixed.lam, VARIANTS[self.variant]
+    self.remember(rule.label(self.terms.ratio, lam) if self.relabel else lam)
     return terms.loss
 
 # %% ../../nbs/sumix/60_callback.ipynb #549025e0

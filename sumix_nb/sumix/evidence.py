@@ -178,10 +178,12 @@ def remember(self:Passes, model:nn.Module, parts:list)->None:
     if mixed.target_a.ndim != 1 or mixed.target_a.is_floating_point():
         raise ValueError("labels must be class indices (N,) to remember clean images, "
                          f"got {mixed.target_a.dtype} {tuple(mixed.target_a.shape)}")
-    rows = {"means": mixed.target_a.clamp(min=0), "bank": given.get("index")}
-    if "means" in self.memories: self.memories["means"].size = parts[0].shape[1]
+    classes = parts[0].shape[1]
+    known_class = (mixed.target_a >= 0) & (mixed.target_a < classes) # not one to be ignored
+    rows = {"means": mixed.target_a.clamp(0, classes - 1), "bank": given.get("index")}
+    if "means" in self.memories: self.memories["means"].size = classes
     values = [part.detach() for part in parts[:2] if part is not None]
-    weight, labelled = mixed.lam.eq(1).float(), mixed.target_a >= 0
+    weight = mixed.lam.eq(1).float()
     if not self.spared(mixed):
         known = all(kept.knows(rows[name]) for name, kept in self.memories.items())
         n = max(1, len(images) // REFRESH) if known else len(images)
@@ -189,7 +191,8 @@ def remember(self:Passes, model:nn.Module, parts:list)->None:
         values = [torch.cat([new.detach().to(old.dtype), old[n:]])
                   for new, old in zip(fresh, values)]
         weight = torch.cat([torch.ones_like(weight[:n]), weight[n:]])
-    for name, kept in self.memories.items(): kept.update(rows[name], values, weight * labelled)
+    for name, kept in self.memories.items():
+        kept.update(rows[name], values, weight * known_class if name == "means" else weight)
 
 
 @patch
@@ -203,7 +206,8 @@ def collect(self:Passes, model:nn.Module, output)->Evidence:
         clean = self.pass_clean(model, images, training=self.clean in TRAINING)
     if self.memories: self.remember(model, parts)
     if second and self.remembers:
-        rows = mixed.target_a.clamp(min=0) if self.clean == "means" else given["index"]
+        rows = mixed.target_a.clamp(0, parts[0].shape[1] - 1)
+        if self.clean == "bank": rows = given["index"]
         clean = self.memories[self.clean].recall(rows)
     self.batch, others = None, {"images": images, "classifier": self.classifier, **given}
     if "means" in self.needs: others["means"] = self.memories["means"].tables[0]

@@ -226,7 +226,7 @@ def detach(self:LearnedMix):
 def sum_of_network(self:LearnedMix)->float:
     "The sum of all numbers in the network, which tells whether it was changed"
     numbers = self.parts.teacher.pairs(self.passes.network)[1]
-    return sum(number.double().sum() for number in numbers).item()
+    return sum(number.float().sum().item() for number in numbers)
 
 # %% ../../nbs/sumix/75_learned.ipynb #bd85c76d
 @patch

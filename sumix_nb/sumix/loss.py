@@ -78,7 +78,7 @@ def sumix_loss(
     d_b = rule.distance(z_mixed, z.index_select(0, partner), target_b, target_a)
     ratio = ratio_from_distances(mixed.lam, rule.number(d_a, target_a), rule.number(d_b, target_b))
 
-    share = rule.label(ratio) if relabel else mixed.lam
+    share = rule.label(ratio, mixed.lam) if relabel else mixed.lam
     mixed_ce = mixed_loss(loss_func, logits_mixed, logits_mixed, target_a, target_b, share)
 
     su_a = rule.su_logits(logits_mixed, head_mixed, head, d_a, with_head)

@@ -6,6 +6,8 @@
 __all__ = ['processes', 'gathered', 'Memory']
 
 # %% ../../nbs/sumix/43_memory.ipynb #592b464f
+from copy import deepcopy
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -35,7 +37,10 @@ class Memory:
         size:int|None=None, # Number of rows; None: as many as were met
     ):
         check_whole("span", span, 1)
-        self.span, self.size, self.counts, self.tables = span, size, None, []
+        self.span, self.size = span, size
+        self.forget()
+
+    def forget(self): self.counts, self.tables = None, []
 
     def grow(self, rows:Tensor, values:list)->None:
         "Room for the `rows`; new ones are zero and unknown"
@@ -93,4 +98,4 @@ def state_dict(self:Memory)->dict:
 @patch
 def load_state_dict(self:Memory, state:dict)->None:
     "Remember what another memory did"
-    self.counts, self.tables = state["counts"], list(state["tables"])
+    self.counts, self.tables = deepcopy((state["counts"], list(state["tables"])))

@@ -60,7 +60,7 @@ def label_weight(loss_func:Callable, target:Tensor)->Tensor: # (N,)
     if not cross_entropy or target.is_floating_point(): return ones
     weight = loss_setting(loss_func, "weight")
     ignored = target == loss_setting(loss_func, "ignore_index", -100)
-    if weight is not None: ones = weight.to(target.device)[target.masked_fill(ignored, 0)]
+    if weight is not None: ones = weight.to(target.device)[target.masked_fill(ignored, 0).long()]
     return ones.masked_fill(ignored, 0)
 
 

@@ -81,9 +81,12 @@ def number(self:Poster, distance:Tensor, target:Tensor|None=None)->Tensor:
 
 
 @patch
-def label(self:Poster, ratio:Tensor)->Tensor:
-    "Share of the first label in the loss, (N,): each sample's own ratio, or the batch's mean"
-    return ratio.mean().expand_as(ratio) if self.by_label else ratio
+def label(self:Poster, ratio:Tensor, lam:Tensor)->Tensor:
+    "Share of the first label in the loss, (N,): each sample's own ratio, or the mixtures' mean"
+    if not self.by_label: return ratio
+    mixed = (lam > 0) & (lam < 1)
+    mean = ratio.masked_fill(~mixed, 0).sum() / mixed.sum().clamp(min=1)
+    return torch.where(mixed, mean, ratio)
 
 # %% ../../nbs/sumix/10_ratio.ipynb #f3c0b8a0
 VARIANTS = {"poster": Poster(), "released": Released(), "corrected": Corrected()}

@@ -62,9 +62,9 @@ def attach(self:SUMixPasses, model:nn.Module):
     "Tap the classifier, and hang the head into it"
     Passes.attach(self, model)
     head = self.head or getattr(self.classifier, HEAD_NAME, None)
-    sizes = (self.classifier.in_features, self.classifier.out_features)
-    if head is None or (head.layers[0].in_features, head.layers[-1].out_features) != sizes:
-        head = UncertaintyHead(*sizes, self.hidden)
+    sizes = (self.classifier.in_features, *self.hidden, self.classifier.out_features)
+    if head is None or head.sizes != sizes:
+        head = UncertaintyHead(sizes[0], sizes[-1], self.hidden)
         head.register_load_state_dict_pre_hook(keep_own_values)
     self.head = head.to(self.classifier.weight.device)
     self.classifier.add_module(HEAD_NAME, head)

@@ -27,7 +27,7 @@ class UncertaintyHead(nn.Module):
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise ValueError("`in_features`, `hidden` and `num_classes` must be integers "
                              f"of at least 1, got {sizes}")
-        layers = []
+        self.sizes, layers = sizes, []
         for wide, narrow in zip(sizes, sizes[1:]): layers += [nn.Linear(wide, narrow), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 

@@ -97,9 +97,9 @@ WHOLE = {"epochs": 10**6, "bs": 10**6, "accumulate": 10**6, "validate_every": 10
 RANGES = {"alpha": (0.01, math.inf), "p": (0, 1), "off_after": (0, 1), "xi": (0, math.inf),
           "lr": (1e-12, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf),
           "clip": (0, math.inf), "smoothing": (0, 1), "ema": (0, 1), "label_noise": (0, 1)}
-LEARNED = {"method": ("mce", "sumix"), "per_sample": (False,), "p": (1,), "off_after": (1,),
-           "ema": (0,), "clean": ("no_grad",), "update_bn": (True,), "z": ("logits",),
-           "relabel": (True,)} # What AutoMix and AdAutoMix, which learn, can be run with
+LEARNED = {"method": ("mce", "sumix"), "label_rule": ("area",), "per_sample": (False,), "p": (1,),
+           "off_after": (1,), "ema": (0,), "clean": ("no_grad",), "update_bn": (True,),
+           "z": ("logits",), "relabel": (True,)} # What AutoMix and AdAutoMix can be run with
 
 
 def check_recipe(recipe:Recipe)->None:
@@ -131,9 +131,10 @@ def check_recipe(recipe:Recipe)->None:
     if recipe.label_rule != "area" and (recipe.method != "mce" or recipe.mixer == "none"):
         raise ValueError('`label_rule` must be "area" unless method="mce" mixes, '
                          f"got {recipe.label_rule!r}")
-    if recipe.label_rule.startswith("oracle") and recipe.data not in MASKED:
-        raise ValueError(f"`label_rule` {recipe.label_rule!r} needs object masks, "
-                         f"which only {MASKED} have, got {recipe.data!r}")
+    masked = recipe.data in MASKED and recipe.view in (None, "crop")
+    if recipe.label_rule.startswith("oracle") and not masked:
+        raise ValueError(f"`label_rule` {recipe.label_rule!r} needs object masks, which only "
+                         f"{MASKED} have, got {recipe.data!r} with view={recipe.view!r}")
     pair = recipe.limit if isinstance(recipe.limit, (tuple, list)) else (recipe.limit,) * 2
     if len(pair) != 2: raise ValueError(f"`limit` must be one number or a pair, got {pair!r}")
     for value in pair:

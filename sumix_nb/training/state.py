@@ -42,6 +42,7 @@ def plain(value):
     if isinstance(value, tuple): return tuple(map(plain, value))
     if isinstance(value, (list, deque, L)): return [*map(plain, value)]
     foreign = callable(value) or type(value).__module__.partition(".")[0] in LIBRARIES
+    foreign = foreign and not isinstance(value, (set, frozenset, bytes, complex))
     keeps = hasattr(type(value), "load_state_dict") or type(value) in WAYS
     if foreign and not keeps: raise Equipment
     raise TypeError(f"cannot keep this {type(value).__name__}: give it `state_dict` and "

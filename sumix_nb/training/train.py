@@ -85,11 +85,11 @@ class EpochLog(Callback):
         if self.sums is None: table.log += [math.nan] * (1 + len(table.metrics))
 
     def after_batch(self):
-        "Add the seconds since the last batch, or what was answered right"
+        "Add the seconds since the last batch, or what was answered right, where labels tell"
         if self.training:
             now = time.perf_counter()
             self.seconds, self.started = self.seconds + now - self.started, now
-        else: self.sums = self.sums + reliability_sums(self.learn.pred, self.learn.yb[0])
+        elif self.yb: self.sums = self.sums + reliability_sums(self.pred, self.yb[0])
 
 # %% ../../nbs/training/20_train.ipynb #5fd8c20b
 @patch
@@ -165,7 +165,7 @@ def make_learner(
                   **{name: getattr(recipe, name) for name in shared})
     callbacks = [EpochLog(recipe.validate_every), LossNumbers()]
     if getattr(dls.valid_ds, "masks", None) is not None: callbacks.append(SizeLog())
-    if recipe.label_noise: callbacks.append(NoiseLog())
+    if round(recipe.label_noise * len(dls.train_ds)): callbacks.append(NoiseLog())
     if recipe.channels_last and recipe.width >= 8: callbacks.append(ChannelsLast())
     if recipe.precision == "bf16": callbacks.append(Autocast())
     if recipe.accumulate > 1: callbacks.append(GradientAccumulation(recipe.bs * recipe.accumulate))
@@ -201,7 +201,7 @@ def train(
     sync_bn:bool=False, # See `distribute`
     log:str|None=None, # Show the run in "tensorboard" or "wandb", see `tracking`
     weights:str|Path|None=None, # Where to write the final weights; nowhere by default
-)->dict: # The record, the same in all processes, of which the first writes it
+)->dict: # The record, with the times of this process; the first of several writes its own
     "Train; `FloatingPointError` for a loss that is not finite"
     for place in (folder, weights):
         if place is not None and rank_distrib() == 0: make_folder(place)
@@ -222,7 +222,7 @@ def train(
         record |= {"commit": commit, "processes": max(num_distrib(), 1), "sync_bn": sync_bn}
         losses = [log[kind] for log in record["epochs"] for kind in ("train_loss", "valid_loss")]
         if not all(loss is None or math.isfinite(loss) for loss in losses):
-            raise FloatingPointError(f"the training loss of {recipe.name} is not finite: "
+            raise FloatingPointError(f"a loss of {recipe.name} is not finite: "
                                      f"lower `lr` ({recipe.lr})")
         if rank_distrib() > 0: return record
         if weights is not None:

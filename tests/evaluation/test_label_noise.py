@@ -56,6 +56,10 @@ def test_a_record_says_what_was_memorised_where_it_was_validated(options):
     assert "label_noise" not in train(Recipe(**NOISY | {"label_noise": 0.0, "epochs": 1}), progress=False)
 
 
+def test_a_share_that_makes_no_label_wrong_trains_and_says_nothing():
+    assert "label_noise" not in train(Recipe(**NOISY | {"label_noise": 0.002, "epochs": 1}), progress=False)
+
+
 def test_training_images_are_shown_as_validation_images_are():
     dls = get_dls("digits", view="fine_grained", label_noise=0.5, limit=20, bs=10, size=16, workers=0, device="cpu")
     seen = []

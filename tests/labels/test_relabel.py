@@ -19,7 +19,8 @@ from sumix_nb.sumix.callback import TRAINING, SUMix
 from sumix_nb.sumix.mix import Mix
 from sumix_nb.models.networks import get_model
 from sumix_nb.training.resume import Checkpoint
-from tests.sumix.learners import EIGHTHS, K, Fixed, Spy, fit, learner, make_dls, same, weights, without_bn
+from tests.sumix.learners import EIGHTHS, K, Fixed, Spy, fit, learner, make_dls, released_label, same, weights
+from tests.sumix.learners import without_bn
 from tests.sumix.oracles import repeated_loss
 
 
@@ -186,7 +187,27 @@ def test_a_rule_by_maps_follows_another_network():
     with pytest.raises(ValueError, match="cannot work under nn.DataParallel"): fit(learn)
 
 
-@pytest.mark.parametrize("rule", ["means", "snapmix"])
+@pytest.mark.parametrize("clean", ["means", "bank"])
+def test_each_fit_remembers_anew(clean, drawn):
+    learn = fit(learner(SUMix(CutMix(per_sample=True), clean=clean, seed=0), model=narrow(), dls=drawn))
+    memory, seen = learn.sumix.passes.memories[clean], []
+    class Watch(Callback):
+        def before_batch(self): seen.append(memory.counts)
+    learn.model = get_model("resnet18", learn.dls.c, width=8)
+    fit(learn, cbs=Watch())
+    assert seen[0] is None and seen[1] is not None
+
+
+@pytest.mark.parametrize(("options", "share"), [({"relabel": False}, "lam"), ({"variant": "released"}, "mean")])
+def test_the_shares_are_those_of_the_label(options, share):
+    learn, spy = learner(SUMix(CutMix(per_sample=True), seed=0, **options)), Spy()
+    fit(learn, cbs=spy)
+    for found, batch in zip(learn.sumix.shares()[1].split(8), spy.batches, strict=True):
+        wanted = batch.mixed.lam if share == "lam" else released_label(batch.terms.ratio, batch.mixed.lam)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("rule", ["means", "snapmix", "probability", "half", "lumix"])
 def test_images_without_a_label_teach_the_memory_nothing(rule):
     data, seen = scenes(24, 16), []
     target = data.target.clone()

@@ -11,6 +11,7 @@ from sumix_nb.mixers.mixed import Mixed, MixUp
 from sumix_nb.mixers.resizemix import ResizeMix
 from sumix_nb.mixers.saliencymix import SaliencyMix
 from sumix_nb.sumix.loss import sumix_loss
+from tests.sumix.learners import released_label
 
 N, K = 7, 5
 
@@ -35,7 +36,7 @@ def test_the_ratio_is_that_of_the_loss_and_carries_no_gradient(variant):
     for part in (seen.logits, seen.clean_logits): part.requires_grad_()
     terms = sumix_loss(seen.logits, seen.clean_logits, None, None, seen.mixed, variant=variant)
     share = RULES[variant](seen)
-    wanted = terms.ratio.mean().expand(N) if variant == "released" else terms.ratio
+    wanted = released_label(terms.ratio, seen.mixed.lam) if variant == "released" else terms.ratio
     torch.testing.assert_close(share, wanted)
     assert not share.requires_grad and RULES[variant].needs == ("logits", "clean_logits")
 

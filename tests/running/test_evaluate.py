@@ -178,6 +178,14 @@ def test_an_exported_learner_is_told_its_images(run, tmp_path):
         subject_of(tmp_path / "mine.pkl", data="scenes")
 
 
+@pytest.mark.parametrize("changes", [{}, {"view": "imagenet", "size": 40}, {"size": 16}])
+def test_an_exported_learner_sees_images_as_in_its_training(changes, tmp_path):
+    learn = make_learner(replace(RECIPE, valid="test", limit=None, **changes))
+    learn.export(tmp_path / "mine.pkl")
+    found = subject_of(tmp_path / "mine.pkl", data=RECIPE.data).test
+    assert torch.equal(found.images, unseen_images(learn.dls).images)
+
+
 @pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, limit=None), replace(RECIPE, valid=0.1, limit=None),
                                     replace(RECIPE, valid=0.1), replace(RECIPE, limit=(None, 30), seed=3)])
 def test_a_file_is_tested_on_the_images_of_its_training(recipe, run, tmp_path, monkeypatch):

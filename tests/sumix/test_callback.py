@@ -16,7 +16,7 @@ from sumix_nb.sumix.mix import Mix
 from sumix_nb.sumix.step import HEAD_NAME
 from tests.sumix.oracles import scalar_oracle
 from tests.sumix.learners import K, KINDS, LOSSES, WEIGHT, At, Fixed, Named, Spy, fit, head_of, learner, make_dls
-from tests.sumix.learners import same, throw, times_in_optimizer, weights, with_bn, without_bn
+from tests.sumix.learners import released_label, same, throw, times_in_optimizer, weights, with_bn, without_bn
 
 
 def test_an_exception_in_the_clean_pass_leaves_batchnorm_remembering():
@@ -44,7 +44,7 @@ def test_sumix_trains_on_the_learners_own_loss(name, variant):
     fit(learner(SUMix(Fixed(), xi=0.0, variant=variant), loss=loss_func), cbs=spy)
     for batch in spy.batches:
         mixed, ratio = batch.mixed, batch.terms.ratio
-        if variant == "released": ratio = ratio.mean().expand(8)
+        if variant == "released": ratio = released_label(ratio, mixed.lam)
         # one row at a time and once per label, weighted and divided by hand
         above = below = 0.0
         for i in range(8):

@@ -59,6 +59,14 @@ def test_a_long_span_is_the_plain_mean_and_a_span_of_one_the_last_value():
         torch.testing.assert_close(last.tables[0][row], values[-1])
 
 
+def test_a_memory_that_was_loaded_is_a_memory_of_its_own():
+    one, two = Memory(5), Memory(5)
+    one.update(torch.tensor([0, 1]), [torch.ones(2, 4)], torch.ones(2))
+    two.load_state_dict(one.state_dict())
+    two.update(torch.tensor([0, 1]), [torch.zeros(2, 4)], torch.ones(2))
+    assert one.tables[0].eq(1).all() and one.counts.tolist() == [1, 1] and two.counts.tolist() == [2, 2]
+
+
 def test_what_does_not_count_changes_nothing_and_half_precision_is_kept_in_full():
     memory = Memory(5, size=3)
     memory.update(torch.tensor([0, 1]), [torch.ones(2, 4).bfloat16()], torch.tensor([1.0, 0.0]))

@@ -41,9 +41,12 @@ def test_distances_and_labels_of_the_variants_are_those_of_their_formulas():
         wanted = torch.stack(released_vector(z_mixed[i], z[i], other[i], 4))
         torch.testing.assert_close(vector[i], wanted)
         assert VARIANTS["released"].number(vector, own)[i] == vector[i, own[i]]
-    ratio = torch.tensor([0.25, 0.5, 0.75, 0.0])
-    assert VARIANTS["poster"].label(ratio) is ratio and VARIANTS["corrected"].label(ratio) is ratio
-    assert VARIANTS["released"].label(ratio).tolist() == [0.375] * 4
+    ratio, half = torch.tensor([0.25, 0.5, 0.75, 0.0]), torch.full((4,), 0.5)
+    assert VARIANTS["poster"].label(ratio, half) is ratio and VARIANTS["corrected"].label(ratio, half) is ratio
+    assert VARIANTS["released"].label(ratio, half).tolist() == [0.375] * 4
+    lam, ratio = torch.tensor([0.5, 0.2, 1.0, 0.0]), torch.tensor([0.25, 0.5, 1.0, 0.0])
+    assert VARIANTS["released"].label(ratio, lam).tolist() == [0.375, 0.375, 1.0, 0.0]
+    assert VARIANTS["released"].label(ratio[2:], lam[2:]).tolist() == [1.0, 0.0]
 
 
 def test_released_ignored_labels_keep_their_lam():

@@ -49,6 +49,14 @@ def test_a_batch_that_was_not_mixed_is_passed_once_and_gives_the_usual_loss():
     torch.testing.assert_close(terms.loss, F.cross_entropy(model(images), target))
 
 
+def test_a_second_step_takes_over_the_head_it_finds_unless_its_layers_differ():
+    model = without_bn()
+    first = SUMixStep(model, CutMix())
+    assert SUMixStep(model, CutMix(), hidden=[]).head is first.head
+    wider = SUMixStep(model, CutMix(), hidden=[7])
+    assert wider.head is model[-1].uncertainty is not first.head and wider.head.sizes[1:] == (7, K)
+
+
 class Returns(nn.Module):
     "A network that packs its logits and features"
     def __init__(self, pack): super().__init__(); self.net, self.pack = without_bn(), pack

@@ -37,7 +37,7 @@ def test_a_value_of_another_type_is_named(field, value):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("method", "mce_bn"), ("method", "mce_clean"), ("per_sample", True), ("p", 0.5), ("off_after", 0.5), ("ema", 0.9),
-    ("clean", "concat"), ("update_bn", False), ("z", "features"), ("relabel", False)])
+    ("clean", "concat"), ("update_bn", False), ("z", "features"), ("relabel", False), ("label_rule", "half")])
 def test_a_mixer_that_learns_refuses_what_it_has_no_use_for(field, value):
     for mixer in LEARNED:
         with pytest.raises(ValueError, match=f"`{field}` must be .* learns .{mixer}.*got {value!r}"):

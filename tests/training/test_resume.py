@@ -381,7 +381,8 @@ def test_what_cannot_be_kept_is_an_error_and_never_lost(tmp_path):
     class Secret: pass
     class Holds(Callback):
         def __init__(self, value): self.value = value
-    for value in (Secret(), [Secret()], {"a": torch.Generator()}, np.random.default_rng(0), [nn.Linear(1, 1)]):
+    for value in (Secret(), [Secret()], {"a": torch.Generator()}, np.random.default_rng(0), [nn.Linear(1, 1)],
+                  {1, 2}, [b"4"], {"a": frozenset()}, 1j):
         refused(dropping_learner(cbs=Holds(value)), tmp_path / "run.ckpt", "cannot keep this", error=TypeError)
         assert not list(tmp_path.iterdir())
     def late(learn): learn.holds.value = nn.Linear(1, 1)

@@ -126,6 +126,17 @@ def test_a_validation_that_was_asked_for_is_never_skipped():
         assert 0 <= learn.validate()[1] <= 1
 
 
+@pytest.mark.parametrize("data", ["digits", "scenes"])
+def test_a_trained_learner_predicts_images_without_labels(data):
+    recipe = replace(TINY, data=data, mixer="cutmix", size=16)
+    learn = make_learner(recipe)
+    train(recipe, learn=learn, progress=False)
+    sizes = getattr(learn, "size_log", None)
+    known = sizes and sizes.by_size
+    with learn.no_bar(): probs, _ = learn.get_preds(dl=learn.dls.test_dl(learn.dls.valid_ds.images[:5]))
+    assert len(probs) == 5 and (sizes is None) == (data == "digits") and (sizes and sizes.by_size) == known
+
+
 @pytest.mark.parametrize("method", CHOICES["method"])
 def test_nothing_is_mixed_after_the_share_of_the_recipe(method):
     record = train(replace(TINY, mixer="cutmix", method=method, epochs=4, off_after=0.5), progress=False)
