@@ -224,7 +224,7 @@ def run_grid(
     quiet:bool=False, # Print no progress?
     **options, # Of `train`: path, device, workers, checkpoints, every, log, weights
 )->list[dict]: # The records of all that is done, in the order of the grid
-    "Run all recipes without a record; `failures` tells which have none in the end"
+    "Run all recipes without a record; `failures` tells which of them failed"
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value is not None: check_whole(name, value, 1)
     check_choice("engine", engine, ("local", "ray"))
