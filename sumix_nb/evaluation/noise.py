@@ -128,7 +128,7 @@ def apply_matrix(x:Tensor, matrix)->Tensor: # (..., H, W) float64
 
 
 def zoom_blur(x:Tensor, end:float)->Tensor:
-    "Mean of the picture and its zooms by 1, 1.01, ... below `end`"
+    "Mean of the picture and its zooms, as `np.arange(1, end, 0.01)` lists them"
     zooms = np.arange(1, end, 0.01).tolist()
     total = sum(zoom_matrix(*x.shape[-2:], zoom) for zoom in zooms)
     return (x + apply_matrix(x, total)) / (len(zooms) + 1)

@@ -14,7 +14,7 @@ from .noise import apply_matrix, motion_blur, zoom_matrix
 # %% ../../nbs/evaluation/42_weather.ipynb #0f9f1d6b
 def fractal(
     noise:Tensor, # (N, side**2 - 1) uniform in [-1, 1), in the order in which points are filled in
-    decay:float, # What the random numbers are divided by at each finer grid
+    decay:float, # Its square divides the random numbers at each finer grid
 )->Tensor: # (N, side, side) in [0, 1], with a 0 and a 1 in each map
     "Clouds of a side that is a power of two"
     n, side = len(noise), round((noise.shape[1] + 1) ** 0.5)
