@@ -1,0 +1,63 @@
+"The study of clean evidence: every number of its tables is computed again from the files, without the package"
+import json
+import math
+import statistics
+
+from scipy import stats
+
+from tests.conftest import ROOT
+from tests.studies.oracles import saved_tables
+
+PAGE = ROOT / "nbs" / "studies" / "47_clean_evidence.ipynb"
+
+
+def runs(folder):
+    "The records of the study in a folder, each with its recipe"
+    for file in sorted((ROOT / "results" / folder).glob("*.json")):
+        record = json.loads(file.read_text())
+        recipe = record["recipe"]
+        assert recipe["data"] == "hard_scenes" and recipe["epochs"] == 12 and record["commit"][-1] != "+"
+        yield recipe, record
+
+
+def accuracy(folder, **wanted):
+    "By seed, of the runs whose recipe has these values"
+    found = {recipe["seed"]: 100 * record["accuracy"] for recipe, record in runs(folder)
+             if all(recipe[name] == value for name, value in wanted.items())}
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    return [found[seed] for seed in range(5)]
+
+
+def sumix(clean):
+    folder = "label_rules" if clean == "means" else "clean_modes"
+    return accuracy(folder, method="sumix", variant="corrected", clean=clean)
+
+
+def difference(one, other, level=0.95):
+    "Mean, Student's interval of five pairs, and how many are ahead"
+    pairs = [a - b for a, b in zip(one, other)]
+    mean, spread = statistics.mean(pairs), statistics.stdev(pairs)
+    reach = stats.t.ppf((1 + level) / 2, 4) * spread / math.sqrt(5)
+    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]", sum(pair > 0 for pair in pairs)
+
+
+def test_the_table_of_the_modes_follows_from_the_files():
+    bench = json.loads((ROOT / "results/bench/3/sumix.json").read_text())
+    table = saved_tables(PAGE)[0]
+    assert [row[0] for row in table] == ["no_grad", "eval", "means", "bank"]
+    for mode, _, *steps, accuracies, apart in table:
+        assert steps == [f"{bench[f'labels {width}']['methods'][f'CutMix + SUMix, {mode}']['ratio']:.2f}"
+                         for width in (16, 64)]
+        if mode == "eval":
+            assert [accuracies, apart] == ["not run", ""]
+            continue
+        own = sumix(mode)
+        assert accuracies == f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}"
+        assert apart == ("" if mode == "no_grad" else difference(own, sumix("no_grad"), 1 - 0.05 / 3)[0])
+
+
+def test_what_the_regulariser_adds_follows_from_the_files():
+    table = saved_tables(PAGE)[-1]
+    for row, clean in zip(table, ("no_grad", "means"), strict=True):
+        found, ahead = difference(sumix(clean), accuracy("label_rules", method="mce", label_rule="corrected", clean=clean))
+        assert row[2:] == [clean, found, f"{ahead} of 5"]
