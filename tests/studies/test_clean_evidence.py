@@ -59,5 +59,6 @@ def test_the_table_of_the_modes_follows_from_the_files():
 def test_what_the_regulariser_adds_follows_from_the_files():
     table = saved_tables(PAGE)[-1]
     for row, clean in zip(table, ("no_grad", "means"), strict=True):
-        found, ahead = difference(sumix(clean), accuracy("label_rules", method="mce", label_rule="corrected", clean=clean))
+        label = accuracy("label_rules", method="mce", label_rule="corrected", clean=clean)
+        found, ahead = difference(sumix(clean), label)
         assert row[2:] == [clean, found, f"{ahead} of 5"]
