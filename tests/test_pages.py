@@ -10,7 +10,7 @@ from nbdev.test import test_nb as run_page
 from tests.conftest import CONTEXT, ROOT, finish
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("nbs/**/[!.]*.ipynb")
-               if ".ipynb_checkpoints" not in path.parts)
+               if ".ipynb_checkpoints" not in path.parts)[::-1]  # tutorials first: the longest should not be the last
 
 
 def run(page, report):
