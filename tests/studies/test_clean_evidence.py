@@ -62,3 +62,24 @@ def test_what_the_regulariser_adds_follows_from_the_files():
         label = accuracy("label_rules", method="mce", label_rule="corrected", clean=clean)
         found, ahead = difference(sumix(clean), label)
         assert row[2:] == [clean, found, f"{ahead} of 5"]
+
+
+def test_the_errors_by_the_age_of_the_evidence_follow_from_the_files():
+    records = [json.loads(file.read_text()) for file in sorted((ROOT / "results/evidence_age").glob("*.json"))]
+    assert all(len(record["evidence_age"]) == 13 and record["commit"][-1] != "+" for record in records)
+    assert sorted(record["recipe"]["seed"] for record in records) == [0, 1]
+
+    def mean(variant, epoch):
+        found = [record["evidence_age"][epoch][variant] for record in records]
+        return {age: sum(one[age] for one in found) / 2 for age in found[0]}
+
+    errors, kept = saved_tables(PAGE)[1:3]
+    for row, variant in zip(errors, ("poster", "corrected"), strict=True):
+        last = mean(variant, 12)
+        assert row == [variant, *(f"{last[age]:.3f}" for age in ("0", "1", "2", "4", "8", "means", "area"))]
+    cases = [(variant, epoch) for variant in ("poster", "corrected") for epoch in (4, 8, 12)]
+    for row, (variant, epoch) in zip(kept, cases, strict=True):
+        found = mean(variant, epoch)
+        whole = found["area"] - found["0"]
+        gain = {age: f"{100 * (found['area'] - error) / whole:.0f} %" for age, error in found.items()}
+        assert row == [f"{variant}, {epoch} epochs", *(gain.get(age, "") for age in ("1", "2", "4", "8", "means"))]
