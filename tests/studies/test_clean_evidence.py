@@ -81,5 +81,5 @@ def test_the_errors_by_the_age_of_the_evidence_follow_from_the_files():
     for row, (variant, epoch) in zip(kept, cases, strict=True):
         found = mean(variant, epoch)
         whole = found["area"] - found["0"]
-        gain = {age: f"{100 * (found['area'] - error) / whole:.0f} %" for age, error in found.items()}
+        gain = {age: f"{round(100 * (found['area'] - error) / whole)} %" for age, error in found.items()}
         assert row == [f"{variant}, {epoch} epochs", *(gain.get(age, "") for age in ("1", "2", "4", "8", "means"))]
