@@ -58,6 +58,7 @@ def before_fit(self:Relabel):
     "As `Mix`; and if the Learner was given another network, move there"
     Mix.before_fit(self)
     passes, model = self.passes, self.learn.model
+    passes.turn = 0
     for memory in passes.memories.values(): memory.forget()
     classifier, layers = passes.find(model)
     if not (classifier or layers): return

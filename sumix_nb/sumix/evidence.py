@@ -43,7 +43,7 @@ class Evidence(NamedTuple):
 # %% ../../nbs/sumix/45_evidence.ipynb #e5ba05e0
 TRAINING = ("no_grad", "concat", "separate") # The clean images are passed in training mode
 CLEAN = (*TRAINING, "eval", "means", "bank")
-REFRESH = 16 # One in so many images is passed clean to refresh what is remembered
+REFRESH = 4 # One batch in so many passes one in so many images clean, to refresh what is remembered
 
 
 @contextmanager
@@ -91,14 +91,17 @@ class Passes:
         self.memories = {"means": Memory()} if by_class else {}
         if self.remembers and clean == "bank": self.memories["bank"] = Memory(span=1)
         self.classifier, self.taps, self.tapped = None, {}, []
-        self.batch, self.checked = None, False
+        self.batch, self.checked, self.turn = None, False, 0
 
     def __getstate__(self): return self.__dict__ | {"batch": None} # exports hold no images
 
-    def state_dict(self): return {name: kept.state_dict() for name, kept in self.memories.items()}
+    def state_dict(self):
+        kept = {name: memory.state_dict() for name, memory in self.memories.items()}
+        return kept | {"turn": self.turn}
 
     def load_state_dict(self, state):
         for name, kept in self.memories.items(): kept.load_state_dict(state[name])
+        self.turn = state["turn"]
 
 # %% ../../nbs/sumix/45_evidence.ipynb #2691bdbe
 @patch
@@ -182,15 +185,15 @@ def remember(self:Passes, model:nn.Module, parts:list)->None:
     known_class = (mixed.target_a >= 0) & (mixed.target_a < classes) # not one to be ignored
     rows = {"means": mixed.target_a.clamp(0, classes - 1), "bank": given.get("index")}
     if "means" in self.memories: self.memories["means"].size = classes
-    values = [part.detach() for part in parts[:2] if part is not None]
+    values = [part.detach().clone() for part in parts[:2] if part is not None]
     weight = mixed.lam.eq(1).float()
     if not self.spared(mixed):
-        known = all(kept.knows(rows[name]) for name, kept in self.memories.items())
-        n = max(1, len(images) // REFRESH) if known else len(images)
-        fresh = self.pass_clean(model, images[:n], training=False)
-        values = [torch.cat([new.detach().to(old.dtype), old[n:]])
-                  for new, old in zip(fresh, values)]
-        weight = torch.cat([torch.ones_like(weight[:n]), weight[n:]])
+        self.turn = (self.turn + 1) % REFRESH
+        n = 0 if self.turn else max(1, len(images) // REFRESH)
+        if not all(kept.knows(rows[name]) for name, kept in self.memories.items()): n = len(images)
+        fresh = self.pass_clean(model, images[:n], training=False) if n else []
+        for value, new in zip(values, fresh): value[:n] = new
+        weight[:n] = 1
     for name, kept in self.memories.items():
         kept.update(rows[name], values, weight * known_class if name == "means" else weight)
 

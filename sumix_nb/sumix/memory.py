@@ -83,10 +83,11 @@ def recall(self:Memory, rows:Tensor)->list[Tensor]: # Each (N, D) float32
 
 @patch
 def knows(self:Memory, rows:Tensor)->bool:
-    "Was each of the rows met before?"
+    "Was each of the rows met before, those of all processes? So all of them decide alike"
     if self.counts is None: return False
+    rows = gathered(rows.to(self.counts.device))
     if self.size is None and int(rows.max()) >= len(self.counts): return False
-    return bool((self.counts[rows.to(self.counts.device)] > 0).all())
+    return bool((self.counts[rows] > 0).all())
 
 # %% ../../nbs/sumix/43_memory.ipynb #2e7faeac
 @patch

@@ -238,7 +238,7 @@ def test_what_is_remembered_costs_few_passes_and_survives_a_checkpoint(clean, tm
     learn = made()
     passes = count(learn)
     with learn.no_bar(): learn.fit(3, 0.02, cbs=Checkpoint(tmp_path, "whole"))
-    wanted = 3 * 48 + {"eval": 3 * 48, "bank": 48 + 6, "means": sum(passes) - 3 * 48}[clean]
+    wanted = 3 * 48 + {"eval": 3 * 48, "bank": 48 + 2 * 4, "means": sum(passes) - 3 * 48}[clean]
     assert sum(passes) == wanted <= 3 * 96
 
     stopped = made()

@@ -9,20 +9,21 @@ from torch import multiprocessing
 from sumix_nb.sumix.memory import Memory
 
 
-def batches(seed, n=6, rows=9, steps=5):
+def batches(seed, n=6, rows=6, steps=8):
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randint(rows, (n,), generator=generator), torch.randn(n, 4, generator=generator),
              torch.randint(2, (n,), generator=generator).float()) for _ in range(steps)]
 
 
 def remember(rank, folder, span):
-    "What one of two processes remembers of its half"
+    "What one of two processes remembers of its half, and whether it knew it before"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    memory = Memory(span)
+    memory, knew = Memory(span), []
     for rows, values, weight in batches(0):
         half = slice(3 * rank, 3 * rank + 3)
+        knew.append(memory.knows(rows[half]))
         memory.update(rows[half], [values[half], values[half, :2]], weight[half])
-    torch.save(memory.state_dict(), f"{folder}/{rank}.pt")
+    torch.save((memory.state_dict(), knew), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -39,13 +40,17 @@ def test_a_value_that_is_not_finite_changes_nothing(bad, weight):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs gloo over a file")
 @pytest.mark.parametrize("span", [50])
-def test_two_processes_keep_the_table_of_one(span, tmp_path):
+def test_two_processes_keep_the_table_of_one_and_decide_alike(span, tmp_path):
     multiprocessing.spawn(remember, (str(tmp_path), span), nprocs=2)
-    memory = Memory(span)
-    for rows, values, weight in batches(0): memory.update(rows, [values, values[:, :2]], weight)
+    memory, knew = Memory(span), []
+    for rows, values, weight in batches(0):
+        knew.append(memory.knows(rows))
+        memory.update(rows, [values, values[:, :2]], weight)
+    assert {*knew} == {True, False}
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found, decided = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found, memory.state_dict())
+        assert decided == knew
 
 
 def test_a_long_span_is_the_plain_mean_and_a_span_of_one_the_last_value():
