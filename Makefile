@@ -34,9 +34,10 @@ test: $(READY) ## Every check: export in sync, notebooks clean, lint, docs curre
 
 check: docs test ## Bring library, notebooks and docs up to date, then `test`
 
-bench: $(READY) ## Time mixers, loss and steps against their peers; OUT=folder keeps records
+bench: $(READY) ## Time mixers, loss, steps and labels against their peers; OUT=folder keeps records
 	$(BIN)/python tools/bench.py $(if $(OUT),--out "$(OUT)")
 	$(BIN)/python tools/bench_sumix.py $(if $(OUT),--out "$(OUT)")
+	$(BIN)/python tools/bench_labels.py $(if $(OUT),--out "$(OUT)")
 
 export: $(READY) ## Write sumix_nb/ from the notebooks and clean them
 	$(BIN)/nbdev-export

@@ -10,8 +10,6 @@ from bench import conditions, goal_line, goal_ratios, measure, median_ratio, sum
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
-from sumix_nb.labels import RULES
-from sumix_nb.sumix.evidence import CLEAN
 from sumix_nb.sumix.loss import sumix_loss
 from sumix_nb.mixers.cutmix import CutMix
 from sumix_nb.sumix.ratio import VARIANTS
@@ -26,9 +24,6 @@ LOSS_GOALS = [(f"sumix_loss, {variant}", LOOPS, 1 / 3) for variant in VARIANTS]
 HALF = "CutMix at p 0.5"
 STEP_GOALS = [("CutMix + SUMix, no_grad", "CutMix", 1.36), ("CutMix + SUMix, concat", "CutMix", 2.0),
               (f"{HALF} + SUMix", HALF, 1.18), ("AutoMix", "plain", 3.0), ("AdAutoMix", "plain", 5.0)]
-SUMIX, LABEL_WIDTHS = "CutMix + SUMix, {}", (16, 64)
-LABEL_GOALS = [(SUMIX.format(clean), "CutMix", most)
-               for clean, most in (("eval", 1.24), ("means", 1.05), ("bank", 1.05))]
 
 
 def loops_loss(logits_mixed, logits, head_mixed, head, mixed, xi=0.5):
@@ -89,17 +84,8 @@ def base_of(name):
     return HALF if name.startswith(HALF) else "CutMix"
 
 
-def label_learners(precision, width):
-    "A `Learner` for CutMix, for each rule of its label, and for SUMix with each origin of its clean logits"
-    options = {"CutMix": {}} | {f"CutMix, {rule}": {"label_rule": rule} for rule in RULES if rule != "area"}
-    options |= {SUMIX.format(clean): {"method": "sumix", "clean": clean} for clean in CLEAN}
-    for rule in ("oracle", "oracle_relative"): options[f"CutMix, {rule}"]["data"] = "scenes"  # they have masks
-    shared = {"mixer": "cutmix", "per_sample": True, "width": width, "limit": 2 * N, "precision": precision}
-    return {name: make_learner(Recipe(**shared, **option), device="cpu") for name, option in options.items()}
-
-
 def step_seconds(learn, epochs=1):
-    "Seconds of one training step, mean over epochs of two; what is remembered is filled in an epoch before"
+    "Seconds of one training step, mean over epochs; what is remembered is filled in an epoch before"
     remembers = any(getattr(getattr(cb, "passes", None), "memories", None) for cb in learn.cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs + remembers, lr=1e-3)
     return sum(epoch["seconds"] for epoch in learn.epoch_log.epochs[-epochs:]) / (epochs * len(learn.dls.train))
@@ -122,6 +108,13 @@ def measure_steps(found, rounds):
                        for name, learn in found.items()}, rounds)
 
 
+def print_goals(parts):
+    "The goals of each part, and whether they are met"
+    print("\ngoals")
+    for part, found in parts.items():
+        for goal in found["goals"]: print(f"  {part:<12}{goal_line(goal)}")
+
+
 @call_parse
 def main(
     rounds:int=31, # Rounds of the losses, of which the median is taken
@@ -141,14 +134,7 @@ def main(
         seconds = measure_steps(learners(precision, width), step_rounds)
         methods = ratios_to(seconds, base_of)
         parts[precision] = {"methods": methods, "goals": goal_ratios(seconds, STEP_GOALS)}
-    for size in LABEL_WIDTHS:
-        print(f"\nlabels, steps of width {size} in bf16, {step_rounds} rounds")
-        seconds = measure_steps(label_learners("bf16", size), step_rounds)
-        parts[f"labels {size}"] = {"methods": ratios_to(seconds, lambda name: "CutMix"),
-                                   "goals": goal_ratios(seconds, LABEL_GOALS)}
-    print("\ngoals")
-    for part, found in parts.items():
-        for goal in found["goals"]: print(f"  {part:<12}{goal_line(goal)}")
+    print_goals(parts)
     if out:
         record = {"name": "sumix", "rounds": rounds, "step_rounds": step_rounds, "width": width, **where, **parts}
         print(f"\n{write_record(record, out)}")

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sumix_nb.labels import RULES
+from sumix_nb.sumix.evidence import CLEAN
+
 pytest.importorskip("timm")
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +24,7 @@ def load(name):
 
 bench = load("bench")
 bench_sumix = load("bench_sumix")
+bench_labels = load("bench_labels")
 
 
 def test_every_method_and_step_runs_and_none_changes_the_batch_of_the_others():
@@ -78,3 +82,11 @@ def test_steps_are_those_of_learners_and_goals_name_them():
     seconds = bench_sumix.measure_steps(found, 2)
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
     assert bench_sumix.median_ratio(seconds, "CutMix", "CutMix") == 1
+
+
+def test_every_rule_and_every_origin_of_clean_logits_is_timed():
+    found = bench_labels.learners(4)
+    assert {name for goal in bench_labels.GOALS for name in goal[:2]} <= set(found)
+    assert {f"CutMix, {rule}" for rule in RULES} - set(found) == {"CutMix, area"}
+    assert {f"CutMix + SUMix, {clean}" for clean in CLEAN} < set(found)
+    assert all(bench_sumix.step_seconds(found[name]) > 0 for name in ("CutMix, oracle", "CutMix + SUMix, bank"))
