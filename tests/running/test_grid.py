@@ -24,7 +24,7 @@ from sumix_nb.training.train import train
 from tests.conftest import CONTEXT, LIMIT, wait_until
 
 TINY = {"width": 4, "limit": 60, "bs": 20, "lr": 0.02}
-TWELVE = recipe_grid(mixer=["none", "cutmix", "mixup"], seed=range(4), epochs=12, **TINY)
+TWELVE = recipe_grid(mixer=["none", "cutmix", "mixup"], seed=range(4), epochs=8, **TINY)
 ONE, TWO = recipe_grid(epochs=1, seed=[0, 1], **TINY)
 HOT = Recipe(epochs=1, **TINY | {"lr": 1e30, "limit": 100})
 LONG = Recipe(epochs=100000, **TINY)
@@ -110,7 +110,7 @@ def test_killed_at_fifteen_moments_every_run_has_one_record(
         if moment == 15: process.join()
         else:
             wait_until(lambda: file.read_text() or process.exitcode is not None)  # noqa: B023
-            time.sleep(chance.uniform(0, 0.6))
+            time.sleep(chance.uniform(0, 0.4))
             process.kill()
             process.join()
             killed += process.exitcode == -signal.SIGKILL

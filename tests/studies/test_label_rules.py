@@ -76,7 +76,7 @@ def test_the_plan_holds_what_it_says():
 
 def test_every_number_of_the_errors_follows_from_the_files():
     own, plain, sumix = judged()
-    _, truth, by_size, by_mixer, _ = saved_tables(PAGE)
+    _, truth, by_size, by_mixer, *_ = saved_tables(PAGE)
     assert [row[0] for row in truth] == sorted(own[0][-1]["CutMix"], key=lambda rule: error(own, rule))
     for rule, mean, gain, ghosts, *others in truth:
         gains = [network[-1]["CutMix"][rule]["gain"] for network in own]
@@ -111,14 +111,29 @@ def test_every_number_of_the_accuracies_follows_from_the_files():
         assert fifths == [f"{value:.1f}" for value in means]
 
 
+def photographs():
+    "By the training of the network, what each found on photographs"
+    found = {}
+    for file in sorted((ROOT / "results/rule_photographs").glob("*.json")):
+        record = json.loads(file.read_text())
+        assert record["commit"][-1] != "+" and record["judged"][-1] != "+" and record["recipe"]["data"] == "cifar100"
+        dose = "plain" if record["recipe"]["mixer"] == "none" else str(record["recipe"]["p"])
+        found.setdefault(dose, []).append(record["rule_errors"]["CutMix"])
+    assert {dose: len(networks) for dose, networks in found.items()} == {"plain": 4, "1.0": 6, "0.5": 6}
+    return found, sum(found.values(), [])
+
+
 def test_the_short_table_of_the_home_page_says_the_same():
-    (own, _, _), names = judged(), {"λ~ of SUMix (poster)": "poster", "λ~ of SUMix (corrected)": "corrected",
-                                    "SnapMix": "snapmix", "the truth itself": "oracle"}
-    rows = re.findall(r"^\| ([^|]+) \| (0\.\d{3}) \| (\d\.\d\d) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(rows) == 6
-    for label, mean, step in rows:
+    (own, _, _), (_, everyone) = judged(), photographs()
+    names = {"λ~ of SUMix (poster)": "poster", "λ~ of SUMix (corrected)": "corrected",
+             "SnapMix": "snapmix", "the truth itself": "oracle"}
+    rows = re.findall(r"^\| ([^|]+) \| (0\.\d{3}) \| (0\.\d{3}) \| (\d\.\d\d) \|$", (ROOT / "README.md").read_text(),
+                      re.MULTILINE)
+    assert len(rows) == 7
+    for label, mean, pictured, step in rows:
         rule = names.get(label, label.partition(":")[0])
-        assert (mean, step) == (f"{error(own, rule):.3f}", cost(rule))
+        shown = statistics.mean(network[rule]["error"][0] for network in everyone)
+        assert (mean, pictured, step) == (f"{error(own, rule):.3f}", f"{shown:.3f}", cost(rule))
 
 
 def test_the_planned_correlation_and_sizes_follow_from_the_files():
@@ -142,3 +157,16 @@ def test_pairs_saw_the_same_mixtures():
     for seed in range(5):
         drawn = {json.dumps([epoch["lam"] for epoch in runs[name][seed]["epochs"]]) for name in runs if name != "plain"}
         assert len(drawn) == 1
+
+
+def test_every_number_of_the_photographs_follows_from_the_files():
+    found, everyone = photographs()
+    table = saved_tables(PAGE)[4]
+    errors = [statistics.mean(network[row[0]]["error"][0] for network in everyone) for row in table]
+    assert errors == sorted(errors) and {row[0] for row in table} == set(everyone[0])
+    for rule, *columns in table:
+        gains = list(zip(*(network[rule]["gain"] for network in everyone)))
+        wanted = [f"{statistics.mean(network[rule]['error'][0] for network in found[dose]):.3f}"
+                  for dose in ("plain", "1.0", "0.5")]
+        wanted.append(f"{statistics.mean(gains[0]):+.3f} [{min(gains[1]):+.3f}, {max(gains[2]):+.3f}]")
+        assert columns == [*wanted, f"{sum(gain > 0 for gain in gains[0])} of 16"]
