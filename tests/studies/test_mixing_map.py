@@ -29,7 +29,7 @@ def test_the_table_follows_from_the_files():
     cells = sorted({cell for cell, *_ in runs})
     assert len(table) == len(cells)
     for (images, seen), (name, *columns) in zip(cells, table):
-        assert name == f"{images} a class, {seen},000 seen"
+        assert name == f"{images}, {seen},000 seen"
         plain = [runs[(images, seen), "none", 1.0, seed] for seed in (0, 1)]
         wanted = [", ".join(f"{run[i]:.{digits}f}" for run in plain) for i, digits in enumerate((1, 2, 1))]
         for p in (1.0, 0.5):
