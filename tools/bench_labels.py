@@ -16,12 +16,12 @@ SUMIX, WIDTHS = "CutMix + SUMix, {}", (16, 64)
 GOALS = [(SUMIX.format(clean), "CutMix", most) for clean, most in (("eval", 1.24), ("means", 1.05), ("bank", 1.05))]
 
 
-def learners(width):
+def learners(width, precision):
     "A `Learner` for CutMix, for each rule of its label, and for SUMix with each origin of its clean logits"
     options = {"CutMix": {}} | {f"CutMix, {rule}": {"label_rule": rule} for rule in RULES if rule != "area"}
     options |= {SUMIX.format(clean): {"method": "sumix", "clean": clean} for clean in CLEAN}
     for rule in ("oracle", "oracle_relative"): options[f"CutMix, {rule}"]["data"] = "scenes"  # they have masks
-    shared = {"mixer": "cutmix", "per_sample": True, "width": width, "limit": 4 * N, "precision": "bf16"}
+    shared = {"mixer": "cutmix", "per_sample": True, "width": width, "limit": 4 * N, "precision": precision}
     return {name: make_learner(Recipe(**shared, **option), device="cpu") for name, option in options.items()}
 
 
@@ -29,15 +29,17 @@ def learners(width):
 def main(
     rounds:int=7, # Rounds, of which the median is taken
     threads:int=2, # Threads of PyTorch
+    precision:str="bf16", # Number format; "fp32" where a processor has no instructions for bf16
     out:str=None, # Folder for a record
 ):
     "Time the steps, and print their ratios to a step of CutMix labelled by the area"
     if rounds < 3: raise SystemExit("bench: medians need at least 3 `--rounds`")
     where, parts = conditions(threads, ("torch", "torchvision", "fastai")), {}
     for width in WIDTHS:
-        print(f"\nlabels, steps of a ResNet-18 of width {width}, {N} x 3 x 32 x 32, bf16, {rounds} rounds")
-        seconds = measure_steps(learners(width), rounds)
+        print(f"\nlabels, steps of a ResNet-18 of width {width}, {N} x 3 x 32 x 32, {precision}, {rounds} rounds")
+        seconds = measure_steps(learners(width, precision), rounds)
         parts[f"width {width}"] = {"methods": ratios_to(seconds, lambda name: "CutMix"),
                                    "goals": goal_ratios(seconds, GOALS)}
     print_goals(parts)
-    if out: print(f"\n{write_record({'name': 'labels', 'rounds': rounds, **where, **parts}, out)}")
+    record = {'name': 'labels', 'rounds': rounds, 'precision': precision, **where, **parts}
+    if out: print(f"\n{write_record(record, out)}")

@@ -62,17 +62,17 @@ def update(self:Memory,
 )->None:
     "Move the rows towards their new values"
     rows, weight, *values = (gathered(part) for part in (rows.to(weight.device), weight, *values))
-    for value in values: weight = weight * value.isfinite().all(1)
     self.grow(rows, values)
-    rows, place = rows.unique(return_inverse=True)
-    new = torch.zeros(len(rows), device=rows.device).index_add_(0, place, weight)
+    known = weight > 0
+    for value in values: known = known & value.isfinite().all(1)
+    if not known.any(): return
+    rows, place, new = rows[known].unique(return_inverse=True, return_counts=True)
     count = (self.counts[rows] + new).clamp(max=self.span).maximum(new)
     self.counts[rows] = count
     for table, value in zip(self.tables, values):
         mean = table[rows]
-        value = value.float().masked_fill(weight[:, None] == 0, 0)
-        total = torch.zeros_like(mean).index_add_(0, place, weight[:, None] * value)
-        table[rows] = mean + (total - new[:, None] * mean) / count.clamp(min=1)[:, None]
+        total = torch.zeros_like(mean).index_add_(0, place, value[known].float())
+        table[rows] = mean + (total - new[:, None] * mean) / count[:, None]
 
 
 @patch
