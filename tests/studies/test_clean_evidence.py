@@ -54,7 +54,7 @@ def test_the_table_of_the_modes_follows_from_the_files():
 
 
 def test_what_the_regulariser_adds_follows_from_the_files():
-    table = saved_tables(PAGE)[-1]
+    [table] = [table for table in saved_tables(PAGE) if table[0][0] == "label and regulariser"]
     for row, clean in zip(table, ("no_grad", "means"), strict=True):
         label = accuracy("label_rules", method="mce", label_rule="corrected", clean=clean)
         found, ahead = difference(sumix(clean), label)
@@ -80,3 +80,26 @@ def test_the_errors_by_the_age_of_the_evidence_follow_from_the_files():
         whole = found["area"] - found["0"]
         gain = {age: f"{round(100 * (found['area'] - error) / whole)} %" for age, error in found.items()}
         assert row == [f"{variant}, {epoch} epochs", *(gain.get(age, "") for age in ("1", "2", "4", "8", "means"))]
+
+
+def test_the_modes_where_mixing_helps_follow_from_the_files():
+    found = {}
+    for file in (ROOT / "results/mixing").glob("*.json"):
+        record = json.loads(file.read_text())
+        recipe = record["recipe"]
+        defaults = {"mixer": "cutmix", "alpha": 1, "p": 1, "off_after": 1, "variant": "poster", "xi": 0.5,
+                    "relabel": True, "label_rule": "area"}
+        if any(recipe[name] != value for name, value in defaults.items()): continue
+        if recipe["method"] not in ("mce", "sumix"): continue
+        arm = "CutMix" if recipe["method"] == "mce" else recipe["clean"]
+        found.setdefault(arm, {})[recipe["seed"]] = 100 * record["accuracy"]
+        assert record["commit"][-1] != "+" and recipe["limit"] == [2500, 10000] and recipe["epochs"] == 120
+    assert {arm: sorted(seeds) for arm, seeds in found.items()} == dict.fromkeys(
+        ("CutMix", "no_grad", "eval", "means", "bank"), [1, 2, 3, 4, 5])
+    values = {arm: [seeds[seed] for seed in range(1, 6)] for arm, seeds in found.items()}
+    [table] = [table for table in saved_tables(PAGE) if table[0][:2] == ["no_grad", "5"]]
+    for mode, seeds, accuracies, *columns in table:
+        own = values[mode]
+        assert (seeds, accuracies) == ("5", f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}")
+        assert columns == [difference(own, values["CutMix"])[0],
+                           "" if mode == "no_grad" else difference(own, values["no_grad"], 1 - 0.05 / 3)[0]]

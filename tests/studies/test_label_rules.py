@@ -170,3 +170,20 @@ def test_every_number_of_the_photographs_follows_from_the_files():
                   for dose in ("plain", "1.0", "0.5")]
         wanted.append(f"{statistics.mean(gains[0]):+.3f} [{min(gains[1]):+.3f}, {max(gains[2]):+.3f}]")
         assert columns == [*wanted, f"{sum(gain > 0 for gain in gains[0])} of 16"]
+
+
+def test_labels_by_networks_trained_with_sumix_follow_from_the_files():
+    found = {}
+    for file in sorted((ROOT / "results/study_photographs").glob("*.json")):
+        record = json.loads(file.read_text())
+        recipe = record["recipe"]
+        assert record["commit"][-1] != "+" and record["judged"][-1] != "+" and recipe["data"] == "cifar100"
+        kind = "plain" if recipe["mixer"] == "none" else recipe["method"]
+        found.setdefault(kind, {})[recipe["seed"]] = record["rule_errors"]["CutMix"]
+    assert len(found) == 3 and all(sorted(seeds) == [1, 2, 3, 4, 5] for seeds in found.values())
+    [table] = [table for table in saved_tables(PAGE) if (len(table), len(table[0]), table[0][0]) == (5, 5, "poster")]
+    for rule, *columns in table:
+        errors = {kind: [seeds[seed][rule]["error"][0] for seed in range(1, 6)] for kind, seeds in found.items()}
+        pairs = [one - other for one, other in zip(errors["sumix"], errors["mce"])]
+        means = [f"{statistics.mean(errors[kind]):.3f}" for kind in ("plain", "mce", "sumix")]
+        assert columns == [*means, interval(pairs, digits=3)]

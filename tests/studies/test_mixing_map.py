@@ -36,3 +36,26 @@ def test_the_table_follows_from_the_files():
             gains = [runs[(images, seen), "cutmix", p, seed][0] - plain[seed][0] for seed in (0, 1)]
             wanted.append(", ".join(f"{gain:+.1f}" for gain in gains))
         assert columns == wanted
+
+
+def test_the_search_for_a_regime_follows_from_the_files():
+    found = {}
+    for file in (ROOT / "results/regime").glob("*.json"):
+        record = json.loads(file.read_text())
+        recipe, last = record["recipe"], record["epochs"][-1]
+        assert record["commit"][-1] != "+" and len(record["epochs"]) == recipe["epochs"]
+        assert recipe["data"] == "cifar100"
+        cell = (recipe["limit"][0] // 100, recipe["epochs"], recipe["stem"])
+        ends = (100 * record["accuracy"], last["train_loss"], last["valid_loss"])
+        found.setdefault(cell, {})[recipe["mixer"], recipe["seed"]] = ends
+
+    def row(cell):
+        runs = found[cell]
+        seeds = [seed for mixer, seed in runs if mixer == "none"]
+        plain = [sum(runs["none", seed][i] for seed in seeds) / len(seeds) for i in range(3)]
+        gain = sum(runs["cutmix", seed][0] - runs["none", seed][0] for seed in seeds) / len(seeds)
+        return [*map(str, cell), str(len(seeds)), f"{plain[0]:.1f}", f"{plain[1]:.2f}", f"{plain[2]:.1f}",
+                f"{plain[2] - plain[1]:.1f}", f"{gain:+.1f}"]
+
+    assert sum(map(len, found.values())) == 14
+    assert sorted(saved_tables(PAGE)[1]) == sorted(map(row, found))

@@ -1,0 +1,106 @@
+"SUMix where mixing helps: every number of its tables is computed again from the files, without the package"
+import json
+import math
+import re
+import statistics
+
+from scipy import stats
+
+from tests.conftest import ROOT
+from tests.studies.oracles import saved_tables
+
+PAGE = ROOT / "nbs" / "studies" / "25_where_mixing_helps.ipynb"
+NAMES = {"mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix", "resizemix": "ResizeMix"}
+DEFAULTS = {"alpha": 1, "p": 1, "off_after": 1, "variant": "poster", "xi": 0.5, "relabel": True, "label_rule": "area",
+            "clean": "no_grad"}
+KINDS = ("plain", "CutMix", "CutMix + SUMix")
+
+
+def main_runs():
+    "Arm -> seed -> record, of the arms of the first table"
+    found = {}
+    for file in sorted((ROOT / "results/mixing").glob("*.json")):
+        record = json.loads(file.read_text())
+        recipe = record["recipe"]
+        assert record["commit"][-1] != "+" and recipe["limit"] == [2500, 10000] and recipe["epochs"] == 120
+        assert recipe["stem"] == "standard" and recipe["precision"] == "fp32"
+        assert record["device"].startswith("AMD EPYC")
+        if any(recipe[name] != value for name, value in DEFAULTS.items()) or recipe["method"] not in ("mce", "sumix"):
+            continue
+        arm = NAMES.get(recipe["mixer"], "plain") + (" + SUMix" if recipe["method"] == "sumix" else "")
+        found.setdefault(arm, {})[recipe["seed"]] = record
+    return found
+
+
+def told(pairs, level=0.95, digits=1):
+    mean, n = statistics.mean(pairs), len(pairs)
+    reach = stats.t.ppf((1 + level) / 2, n - 1) * statistics.stdev(pairs) / math.sqrt(n)
+    return f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
+
+
+def calibration_error(record):
+    curve = record["reliability"]
+    return 100 * sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in curve) / sum(
+        part["n"] for part in curve)
+
+
+def test_the_table_of_mixers_follows_from_the_files():
+    runs = main_runs()
+    table = saved_tables(PAGE)[0]
+    assert [row[0] for row in table] == [name for name in NAMES.values() if f"{name} + SUMix" in runs]
+    for mixer, count, *columns in table:
+        seeds = sorted(set(runs[mixer]) & set(runs[f"{mixer} + SUMix"]))
+        alone, with_sumix, plain = ([100 * runs[arm][seed]["accuracy"] for seed in seeds]
+                                    for arm in (mixer, f"{mixer} + SUMix", "plain"))
+        added = [one - other for one, other in zip(with_sumix, alone)]
+        errors = [statistics.mean(map(calibration_error, runs[arm].values())) for arm in (mixer, f"{mixer} + SUMix")]
+        spreads = [f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" for own in (alone, with_sumix)]
+        assert count == str(len(seeds))
+        assert columns == [spreads[0], told([one - other for one, other in zip(alone, plain)]), spreads[1],
+                           told(added, 1 - 0.05 / 7), f"{sum(pair > 0 for pair in added)} of {len(seeds)}",
+                           f"{errors[0]:.0f}, {errors[1]:.0f}"]
+
+
+def test_the_one_number_follows_from_the_files():
+    runs = main_runs()
+    mixers = [name for name in NAMES.values() if f"{name} + SUMix" in runs]
+    seeds = set.intersection(*(set(runs[f"{name}{end}"]) for name in mixers for end in ("", " + SUMix")))
+    added = [statistics.mean(100 * (runs[f"{name} + SUMix"][seed]["accuracy"] - runs[name][seed]["accuracy"])
+                             for name in mixers) for seed in sorted(seeds)]
+    shown = re.search(r"by seed ({.*?}), mean (.*?)\\n", PAGE.read_text())
+    assert shown[1] == str({seed: round(one, 2) for seed, one in zip(sorted(seeds), added)}) and shown[2] == told(added)
+
+
+def test_the_table_of_robustness_follows_from_the_files():
+    runs, table = main_runs(), saved_tables(PAGE)[1]
+    wanted = {"accuracy (%)": ("calibration", "accuracy"), "under 19 corruptions (%)": ("corruption", "mean_19"),
+              "patches covered (%)": ("occlusion", "random"), "error, FGSM of 8 (%)": ("fgsm", "fgsm"),
+              "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
+              "after one temperature (%)": ("calibration", "ece_scaled"), "AUROC, drawn scenes (%)": ("ood", "scenes")}
+    assert [row[0] for row in table] == list(wanted)
+    for name, *columns in table:
+        measure, key = wanted[name]
+        found = []
+        for kind in KINDS:
+            assert sorted(runs[kind]) == [1, 2, 3, 4, 5]
+            records = [json.loads((ROOT / "results/mixing/evaluation" / f"{runs[kind][seed]['name']}.{measure}.json")
+                                  .read_text()) for seed in range(1, 6)]
+            assert all(record["facts"]["n"] == 2000 and commit[-1] != "+"
+                       for record in records for commit in record["commits"].values())
+            assert len({record["facts"]["images"] for record in records}) == 1
+            found.append([100 * record["headline"][key] for record in records])
+        pairs = [[one - other for one, other in zip(found[k + 1], found[k])] for k in (0, 1)]
+        assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in found]
+        assert columns[3:] == [told(pair, 1 - 0.05 / 8) for pair in pairs]
+
+
+def test_the_row_of_the_readme_follows_from_the_files():
+    runs = main_runs()
+    shown = [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.search(
+        r"^\| 25 a class, 120 epochs \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)[1].split("|")]
+    values = [[100 * runs[kind][seed]["accuracy"] for seed in range(1, 6)] for kind in KINDS]
+    added = [one - other for one, other in zip(values[2], values[1])]
+    assert shown[:3] == [f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" for own in values]
+    assert shown[3:5] == [told(added, digits=2), f"{sum(pair > 0 for pair in added)} of 5"]
+    errors = [statistics.mean(map(calibration_error, runs[kind].values())) for kind in KINDS]
+    assert shown[5] == ", ".join(f"{error:.0f}" for error in errors)
