@@ -32,6 +32,15 @@ def main_runs():
     return found
 
 
+def test_a_run_that_was_made_twice_is_the_same_to_the_bit():
+    [file] = (ROOT / "results/mixing/again").glob("*.json")
+    runs = [json.loads(path.read_text()) for path in (file, file.parent.parent / file.name)]
+    first, second = ([[epoch[name] for name in ("train_loss", "valid_loss", "ratio")] for epoch in run["epochs"]]
+                     for run in runs)
+    assert first == second and len(first) == 120 and runs[0]["accuracy"] == runs[1]["accuracy"]
+    assert runs[0]["seconds"] != runs[1]["seconds"]  # no copy
+
+
 def told(pairs, level=0.95, digits=1):
     mean, n = statistics.mean(pairs), len(pairs)
     reach = stats.t.ppf((1 + level) / 2, n - 1) * statistics.stdev(pairs) / math.sqrt(n)
