@@ -48,11 +48,15 @@ def paired_interval(
     return float(mean - reach), float(mean + reach)
 
 # %% ../../nbs/studies/10_statistics.ipynb #f4019112
-def with_interval(differences:pd.Series)->str: # e.g. "+1.00 [+0.50, +1.50]"
-    "The mean difference and, for two seeds or more, its 95 % interval"
-    mean = f"{differences.mean():+.2f}"
-    if len(differences) == 1: return mean
-    return mean + " [{:+.2f}, {:+.2f}]".format(*paired_interval(differences))
+def with_interval(
+    differences:pd.Series, # One for each seed
+    level:float=0.95, # Of the interval, as for `paired_interval`
+    digits:int=2, # Behind the point
+)->str: # e.g. "+1.00 [+0.50, +1.50]"
+    "The mean difference and, for two seeds or more, its interval"
+    ends = () if len(differences) == 1 else paired_interval(differences, level)
+    mean, *ends = (f"{number:+.{digits}f}" for number in (differences.mean(), *ends))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def paired_table(

@@ -1,12 +1,9 @@
 "The study of clean evidence: every number of its tables is computed again from the files, without the package"
 import json
-import math
 import statistics
 
-from scipy import stats
-
 from tests.conftest import ROOT
-from tests.studies.oracles import saved_tables
+from tests.studies.oracles import saved_tables, with_student
 
 PAGE = ROOT / "nbs" / "studies" / "47_clean_evidence.ipynb"
 
@@ -36,9 +33,7 @@ def sumix(clean):
 def difference(one, other, level=0.95):
     "Mean, Student's interval of five pairs, and how many are ahead"
     pairs = [a - b for a, b in zip(one, other)]
-    mean, spread = statistics.mean(pairs), statistics.stdev(pairs)
-    reach = stats.t.ppf((1 + level) / 2, 4) * spread / math.sqrt(5)
-    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]", sum(pair > 0 for pair in pairs)
+    return with_student(pairs, level), sum(pair > 0 for pair in pairs)
 
 
 def test_the_table_of_the_modes_follows_from_the_files():

@@ -8,7 +8,7 @@ from scipy import stats
 
 from sumix_nb.running.grid import read_grid
 from tests.conftest import ROOT
-from tests.studies.oracles import saved_tables
+from tests.studies.oracles import saved_tables, with_student
 
 PAGE = ROOT / "nbs" / "studies" / "45_label_rules.ipynb"
 COMPARED = 19  # arms of the plan that are compared with the area, plain training not counted
@@ -32,13 +32,6 @@ def by_hand():
         assert recipe["seed"] not in seeds, file
         seeds[recipe["seed"]] = record
     return {name: seeds for name, seeds in found.items() if sorted(seeds) == [0, 1, 2, 3, 4]}
-
-
-def interval(differences, level=0.95, digits=1):
-    "Mean, and Student's interval of five"
-    mean, spread = statistics.mean(differences), statistics.stdev(differences)
-    reach = stats.t.ppf((1 + level) / 2, 4) * spread / math.sqrt(5)
-    return f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
 
 
 def judged():
@@ -104,7 +97,7 @@ def test_every_number_of_the_accuracies_follows_from_the_files():
         assert accuracy == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
         if name == "area": assert difference == ahead == ""
         else:
-            assert difference == interval(pairs, 1 - 0.05 / COMPARED)
+            assert difference == with_student(pairs, 1 - 0.05 / COMPARED)
             assert ahead == f"{sum(pair > 0 for pair in pairs)} of 5"
     for name, *fifths in sizes:
         means = [statistics.mean(100 * seeds["by_size"][k] for seeds in runs[name].values()) for k in range(5)]
@@ -142,14 +135,14 @@ def test_the_planned_correlation_and_sizes_follow_from_the_files():
     names = [name for name in runs if name in own[0][-1]["CutMix"]]
     errors = [error(own, name) for name in names]
     by_seed = [stats.spearmanr(errors, [runs[name][k]["accuracy"] for name in names])[0] for k in range(5)]
-    assert interval(by_seed, digits=2) in text
+    assert with_student(by_seed, digits=2) in text
     def gained(size, k, odds):
         shares = [runs[name][k]["by_size"][size] for name in ("oracle", "area")]
         one, other = (math.log(share / (1 - share)) if odds else 100 * share for share in shares)
         return one - other
     for odds in (False, True):
         asked = [gained(0, k, odds) - gained(4, k, odds) for k in range(5)]
-        assert interval(asked, digits=2) in text
+        assert with_student(asked, digits=2) in text
 
 
 def test_pairs_saw_the_same_mixtures():
@@ -186,4 +179,4 @@ def test_labels_by_networks_trained_with_sumix_follow_from_the_files():
         errors = {kind: [seeds[seed][rule]["error"][0] for seed in range(1, 6)] for kind, seeds in found.items()}
         pairs = [one - other for one, other in zip(errors["sumix"], errors["mce"])]
         means = [f"{statistics.mean(errors[kind]):.3f}" for kind in ("plain", "mce", "sumix")]
-        assert columns == [*means, interval(pairs, digits=3)]
+        assert columns == [*means, with_student(pairs, digits=3)]

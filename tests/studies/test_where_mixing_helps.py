@@ -1,13 +1,10 @@
 "SUMix where mixing helps: every number of its tables is computed again from the files, without the package"
 import json
-import math
 import re
 import statistics
 
-from scipy import stats
-
 from tests.conftest import ROOT
-from tests.studies.oracles import saved_tables
+from tests.studies.oracles import saved_tables, with_student
 
 PAGE = ROOT / "nbs" / "studies" / "25_where_mixing_helps.ipynb"
 NAMES = {"mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix", "resizemix": "ResizeMix"}
@@ -41,12 +38,6 @@ def test_a_run_that_was_made_twice_is_the_same_to_the_bit():
     assert runs[0]["seconds"] != runs[1]["seconds"]  # no copy
 
 
-def told(pairs, level=0.95, digits=1):
-    mean, n = statistics.mean(pairs), len(pairs)
-    reach = stats.t.ppf((1 + level) / 2, n - 1) * statistics.stdev(pairs) / math.sqrt(n)
-    return f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
-
-
 def calibration_error(record):
     curve = record["reliability"]
     return 100 * sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in curve) / sum(
@@ -65,8 +56,8 @@ def test_the_table_of_mixers_follows_from_the_files():
         errors = [statistics.mean(map(calibration_error, runs[arm].values())) for arm in (mixer, f"{mixer} + SUMix")]
         spreads = [f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" for own in (alone, with_sumix)]
         assert seeds == [1, 2, 3, 4, 5]
-        assert columns == [spreads[0], told([one - other for one, other in zip(alone, plain)]), spreads[1],
-                           told(added, 1 - 0.05 / 7), f"{sum(pair > 0 for pair in added)} of {len(seeds)}",
+        assert columns == [spreads[0], with_student([one - other for one, other in zip(alone, plain)]), spreads[1],
+                           with_student(added, 1 - 0.05 / 7), f"{sum(pair > 0 for pair in added)} of {len(seeds)}",
                            f"{errors[0]:.0f}, {errors[1]:.0f}"]
 
 
@@ -77,7 +68,8 @@ def test_the_one_number_follows_from_the_files():
     added = [statistics.mean(100 * (runs[f"{name} + SUMix"][seed]["accuracy"] - runs[name][seed]["accuracy"])
                              for name in mixers) for seed in sorted(seeds)]
     shown = re.search(r"by seed ({.*?}), mean (.*?)\\n", PAGE.read_text())
-    assert shown[1] == str({seed: round(one, 2) for seed, one in zip(sorted(seeds), added)}) and shown[2] == told(added)
+    assert shown[1] == str({seed: round(one, 2) for seed, one in zip(sorted(seeds), added)})
+    assert shown[2] == with_student(added)
 
 
 def test_the_table_of_robustness_follows_from_the_files():
@@ -100,7 +92,7 @@ def test_the_table_of_robustness_follows_from_the_files():
             found.append([100 * record["headline"][key] for record in records])
         pairs = [[one - other for one, other in zip(found[k + 1], found[k])] for k in (0, 1)]
         assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in found]
-        assert columns[3:] == [told(pair, 1 - 0.05 / 8) for pair in pairs]
+        assert columns[3:] == [with_student(pair, 1 - 0.05 / 8) for pair in pairs]
 
 
 def test_the_row_of_the_readme_follows_from_the_files():
@@ -110,6 +102,6 @@ def test_the_row_of_the_readme_follows_from_the_files():
     values = [[100 * runs[kind][seed]["accuracy"] for seed in range(1, 6)] for kind in KINDS]
     added = [one - other for one, other in zip(values[2], values[1])]
     assert shown[:3] == [f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" for own in values]
-    assert shown[3:5] == [told(added, digits=2), f"{sum(pair > 0 for pair in added)} of 5"]
+    assert shown[3:5] == [with_student(added, digits=2), f"{sum(pair > 0 for pair in added)} of 5"]
     errors = [statistics.mean(map(calibration_error, runs[kind].values())) for kind in KINDS]
     assert shown[5] == ", ".join(f"{error:.0f}" for error in errors)
