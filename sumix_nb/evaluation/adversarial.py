@@ -117,7 +117,7 @@ def under_attack(
     seed:int=0, # Seed of the random signs
     bs:int=250, # Images that are passed at once
 )->dict: # "eps" (grey levels); errors in [0, 1] of "fgsm", "random", "legacy" at each; "n"
-    "Error under FGSM against the size of the step, and under its controls"
+    "Error under FGSM against the size of the step, beside random signs and the legacy form"
     for level in levels: check_number("levels", level, 0, 255)
     facts, device = {"mean": test.mean, "std": test.std}, next(model.parameters()).device
     wrong, draws = {}, torch.Generator().manual_seed(seed)

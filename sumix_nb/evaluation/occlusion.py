@@ -79,7 +79,7 @@ RATIOS = tuple(round(0.1 * i, 1) for i in range(11))
 
 
 def patch_side(height:int, width:int)->int:
-    "What divides both sides and is nearest to an eighth of the shorter one, at most 16"
+    "What divides both sides and is nearest to an eighth of the shorter one, or to 16 if less"
     wanted, side = min(min(height, width) / 8, 16), math.gcd(height, width)
     return min((k for k in range(1, side + 1) if side % k == 0), key=lambda k: abs(k - wanted))
 

@@ -185,7 +185,7 @@ def measure_subject(
 
 # %% ../../nbs/running/30_evaluate.ipynb #0fa27e08
 def precision_of(learn:Learner)->str:
-    "The number format that a Learner was trained in"
+    "The number format to measure in: bf16 if `Autocast` trained the Learner, else fp32"
     return "bf16" if any(isinstance(cb, Autocast) for cb in learn.cbs) else "fp32"
 
 
@@ -196,7 +196,7 @@ def evaluate(
     folder:str|Path|None=None, # Where records are kept, and read; nowhere by default
     name:str="learner", # Name in the records
     data:str="", # Name of the image set, which then does not count as strange
-    limit:int|None=None, # Most images, chosen evenly over the classes
+    limit:int|None=None, # Most images, even over classes (at random of CIFAR-C's files)
     layer:str|None=None, # Layer of the maps, for "cam"
     masked:MaskedImages|None=None, # Images with masks, e.g. `scenes` or `pets`, for "cam"
     published:str|Path|None=None, # Folder of CIFAR-C's files; by default corruptions are made here
@@ -218,7 +218,7 @@ def subject_of(
     data:str|None=None, # The image set, for an exported Learner
     data_dir:str|None=None, # Its folder, see `get_dls`
     device:str|None=None, # Where to measure; fastai's default by default
-    limit:int|None=None, # Most images, chosen evenly over the classes
+    limit:int|None=None, # Most images, even over classes (at random of CIFAR-C's files)
     published:str|None=None, # Folder of CIFAR-C's files
     seed:int=0, # All draws follow from it
 )->Subject:
@@ -272,7 +272,7 @@ def sumix_evaluate(
     out:str="results", # Records are written to the folder `evaluation` in it
     data:str=None, # The image set, for an exported Learner
     data_dir:str=None, # Folder of the image set; else $SUMIX_DATA/<data>, else a download
-    limit:int=None, # Most images, chosen evenly over the classes; all by default
+    limit:int=None, # Most images, even over classes (at random of CIFAR-C's files); by default all
     device:str=None, # Where to measure; the fastest found by default
     published:str=None, # Folder of CIFAR-C's files; corruptions are made here by default
     seed:int=0, # All draws follow from it

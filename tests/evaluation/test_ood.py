@@ -111,7 +111,8 @@ def test_scenes_are_not_strange_to_scenes(name, tmp_path, monkeypatch):
 def test_familiar_images_are_not_strange():
     images = torch.randint(256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     test = Images(images, torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="`outside` must be strange"): against_outside(None, test, images[3:])
+    mostly_strange = torch.cat([255 - images, images[3:4]])
+    with pytest.raises(ValueError, match="`outside` must be strange"): against_outside(None, test, mostly_strange)
 
 
 @pytest.mark.parametrize("name", ["svhn", "cifar10", "imagenet"])

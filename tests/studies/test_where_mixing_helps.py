@@ -78,7 +78,7 @@ def test_the_table_of_robustness_follows_from_the_files():
               "patches covered (%)": ("occlusion", "random"), "error, FGSM of 8 (%)": ("fgsm", "fgsm"),
               "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
               "after one temperature (%)": ("calibration", "ece_scaled"),
-              "scenes, AUROC by energy (%)": ("ood", "energy"), "scenes, AUROC by softmax (%)": ("ood", "softmax")}
+              "AUROC by energy (%)": ("ood", "energy"), "AUROC by softmax (%)": ("ood", "softmax")}
     assert [row[0] for row in table] == list(wanted)
     for name, *columns in table:
         measure, key = wanted[name]
