@@ -196,7 +196,7 @@ def evaluate(
     folder:str|Path|None=None, # Where records are kept, and read; nowhere by default
     name:str="learner", # Name in the records
     data:str="", # Name of the image set, which then does not count as strange
-    limit:int|None=None, # Most images, even over classes (at random of CIFAR-C's files)
+    limit:int|None=None, # Most images, balanced over classes (of CIFAR-C's at random)
     layer:str|None=None, # Layer of the maps, for "cam"
     masked:MaskedImages|None=None, # Images with masks, e.g. `scenes` or `pets`, for "cam"
     published:str|Path|None=None, # Folder of CIFAR-C's files; by default corruptions are made here
@@ -218,7 +218,7 @@ def subject_of(
     data:str|None=None, # The image set, for an exported Learner
     data_dir:str|None=None, # Its folder, see `get_dls`
     device:str|None=None, # Where to measure; fastai's default by default
-    limit:int|None=None, # Most images, even over classes (at random of CIFAR-C's files)
+    limit:int|None=None, # Most images, balanced over classes (of CIFAR-C's at random)
     published:str|None=None, # Folder of CIFAR-C's files
     seed:int=0, # All draws follow from it
 )->Subject:
@@ -272,7 +272,7 @@ def sumix_evaluate(
     out:str="results", # Records are written to the folder `evaluation` in it
     data:str=None, # The image set, for an exported Learner
     data_dir:str=None, # Folder of the image set; else $SUMIX_DATA/<data>, else a download
-    limit:int=None, # Most images, even over classes (at random of CIFAR-C's files); by default all
+    limit:int=None, # Most images, balanced over classes (of CIFAR-C's at random); all by default
     device:str=None, # Where to measure; the fastest found by default
     published:str=None, # Folder of CIFAR-C's files; corruptions are made here by default
     seed:int=0, # All draws follow from it

@@ -85,7 +85,7 @@ def test_steps_are_those_of_learners_and_goals_name_them():
 
 
 def test_every_rule_and_every_origin_of_clean_logits_is_timed():
-    found = bench_labels.learners(4, "fp32")
+    found = bench_labels.learners(4, 4, "fp32")
     assert {name for goal in bench_labels.GOALS for name in goal[:2]} <= set(found)
     assert {f"CutMix, {rule}" for rule in RULES} - set(found) == {"CutMix, area"}
     assert {f"CutMix + SUMix, {clean}" for clean in CLEAN} < set(found)
