@@ -793,6 +793,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sumix_nb.stopping.write_whole': ('support/stopping.html#write_whole', 'sumix_nb/stopping.py')},
             'sumix_nb.studies.cifar100_cpu': { 'sumix_nb.studies.cifar100_cpu.arm_of': ( 'studies/cifar100_cpu.html#arm_of',
                                                                                          'sumix_nb/studies/cifar100_cpu.py'),
+                                               'sumix_nb.studies.cifar100_cpu.changed': ( 'studies/cifar100_cpu.html#changed',
+                                                                                          'sumix_nb/studies/cifar100_cpu.py'),
                                                'sumix_nb.studies.cifar100_cpu.gains': ( 'studies/cifar100_cpu.html#gains',
                                                                                         'sumix_nb/studies/cifar100_cpu.py'),
                                                'sumix_nb.studies.cifar100_cpu.study_runs': ( 'studies/cifar100_cpu.html#study_runs',

@@ -21,12 +21,19 @@ def main_runs():
         recipe = record["recipe"]
         assert record["commit"][-1] != "+" and recipe["limit"] == [2500, 10000] and recipe["epochs"] == 120
         assert recipe["stem"] == "standard" and recipe["precision"] == "fp32"
-        assert record["device"].startswith("AMD EPYC")
+        assert record["device"].startswith(("AMD EPYC", "Intel(R) Xeon(R)")) and record["device"].endswith("1 threads")
         if any(recipe[name] != value for name, value in DEFAULTS.items()) or recipe["method"] not in ("mce", "sumix"):
             continue
         arm = NAMES.get(recipe["mixer"], "plain") + (" + SUMix" if recipe["method"] == "sumix" else "")
         found.setdefault(arm, {})[recipe["seed"]] = record
     return found
+
+
+def test_a_mixer_and_the_same_with_sumix_ran_on_one_kind_of_processor():
+    runs = main_runs()
+    assert len(runs) == 11
+    for mixer in NAMES.values():
+        assert len({record["device"] for arm in (mixer, f"{mixer} + SUMix") for record in runs[arm].values()}) == 1
 
 
 def test_a_run_that_was_made_twice_is_the_same_to_the_bit():
