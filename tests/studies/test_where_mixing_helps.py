@@ -79,30 +79,35 @@ def test_the_one_number_follows_from_the_files():
     assert shown[2] == with_student(added)
 
 
-def test_the_table_of_robustness_follows_from_the_files():
-    runs, table = main_runs(), saved_tables(PAGE)[1]
+def measured(runs, arm, measure, key):
+    "By seed, percent, of the networks of an arm"
+    files = [ROOT / "results/mixing/evaluation" / f"{runs[arm][seed]['name']}.{measure}.json" for seed in range(1, 6)]
+    records = [json.loads(file.read_text()) for file in files]
+    for record in records:
+        assert record["facts"]["n"] == 2000 and all(commit[-1] != "+" for commit in record["commits"].values())
+    return [100 * (record["parts"]["scenes"][key]["auroc"] if measure == "ood" else record["headline"][key])
+            for record in records], {record["facts"]["images"] for record in records}
+
+
+def test_the_tables_of_robustness_follow_from_the_files():
+    runs, (table, by_mixer) = main_runs(), saved_tables(PAGE)[1:3]
     wanted = {"accuracy (%)": ("calibration", "accuracy"), "under 19 corruptions (%)": ("corruption", "mean_19"),
               "patches covered (%)": ("occlusion", "random"), "error, FGSM of 8 (%)": ("fgsm", "fgsm"),
               "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
               "after one temperature (%)": ("calibration", "ece_scaled"),
               "AUROC by energy (%)": ("ood", "energy"), "AUROC by softmax (%)": ("ood", "softmax")}
-    assert [row[0] for row in table] == list(wanted)
-    for name, *columns in table:
-        measure, key = wanted[name]
-        found = []
-        for kind in KINDS:
-            assert sorted(runs[kind]) == [1, 2, 3, 4, 5]
-            records = [json.loads((ROOT / "results/mixing/evaluation" / f"{runs[kind][seed]['name']}.{measure}.json")
-                                  .read_text()) for seed in range(1, 6)]
-            assert all(record["facts"]["n"] == 2000 and commit[-1] != "+"
-                       for record in records for commit in record["commits"].values())
-            assert len({record["facts"]["images"] for record in records}) == 1
-            values = [record["parts"]["scenes"][key]["auroc"] if measure == "ood" else record["headline"][key]
-                      for record in records]
-            found.append([100 * value for value in values])
-        pairs = [[one - other for one, other in zip(found[k + 1], found[k])] for k in (0, 1)]
-        assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in found]
-        assert columns[3:] == [with_student(pair, 1 - 0.05 / 9) for pair in pairs]
+    mixers = ["CutMix", "FMix", "SaliencyMix", "ResizeMix"]
+    arms = ["plain", *mixers, *(f"{mixer} + SUMix" for mixer in mixers)]
+    assert [row[0] for row in table] == [row[0] for row in by_mixer] == list(wanted)
+    for (name, *columns), (_, *added) in zip(table, by_mixer):
+        found, images = zip(*(measured(runs, arm, *wanted[name]) for arm in arms))
+        assert len(set.union(*images)) == 1
+        alone, with_sumix = ([statistics.mean(seed) for seed in zip(*part)] for part in (found[1:5], found[5:]))
+        assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in (found[0], alone, with_sumix)]
+        pairs = (alone, found[0]), (with_sumix, alone)
+        assert columns[3:] == [with_student([one - other for one, other in zip(*pair)], 1 - 0.05 / 9) for pair in pairs]
+        assert added == [f"{statistics.mean(one - other for one, other in zip(found[5 + i], found[1 + i])):+.1f}"
+                         for i in range(4)]
 
 
 def test_the_row_of_the_readme_follows_from_the_files():
