@@ -53,7 +53,7 @@ def error(networks, rule, mixer="CutMix", epoch=-1, measure="error"):
 
 def cost(name):
     "Of a step, in steps of CutMix by the area; none where it was not timed"
-    steps = json.loads((ROOT / "results/bench/4/labels.json").read_text())["width 16"]["methods"]
+    steps = json.loads((ROOT / "results/bench/6/labels.json").read_text())["width 16"]["methods"]
     names = {"area": "CutMix", "SUMix corrected, means": "CutMix + SUMix, means",
              "SUMix poster, means": "CutMix + SUMix, means"}
     step = steps.get(names.get(name, f"CutMix, {name}"))
