@@ -13,16 +13,16 @@ DEFAULTS = {"alpha": 1, "p": 1, "off_after": 1, "variant": "poster", "xi": 0.5, 
 KINDS = ("plain", "CutMix", "CutMix + SUMix")
 
 
-def main_runs():
-    "Arm -> seed -> record, of the arms of the first table"
-    found = {}
+def main_runs(**changed):
+    "Arm -> seed -> record, of the arms of the first table, or of those that are not as by default"
+    found, options = {}, DEFAULTS | changed
     for file in sorted((ROOT / "results/mixing").glob("*.json")):
         record = json.loads(file.read_text())
         recipe = record["recipe"]
         assert record["commit"][-1] != "+" and recipe["limit"] == [2500, 10000] and recipe["epochs"] == 120
         assert recipe["stem"] == "standard" and recipe["precision"] == "fp32"
         assert record["device"].startswith(("AMD EPYC", "Intel(R) Xeon(R)")) and record["device"].endswith("1 threads")
-        if any(recipe[name] != value for name, value in DEFAULTS.items()) or recipe["method"] not in ("mce", "sumix"):
+        if any(recipe[name] != value for name, value in options.items()) or recipe["method"] not in ("mce", "sumix"):
             continue
         arm = NAMES.get(recipe["mixer"], "plain") + (" + SUMix" if recipe["method"] == "sumix" else "")
         found.setdefault(arm, {})[recipe["seed"]] = record
@@ -79,6 +79,22 @@ def test_the_one_number_follows_from_the_files():
     assert shown[2] == with_student(added)
 
 
+def test_the_table_of_variants_and_doses_follows_from_the_files():
+    table, usual = saved_tables(PAGE)[1], main_runs()
+    half = main_runs(p=0.5)
+    pairs = {"poster, the default": (usual, usual, 5), "released": (main_runs(variant="released"), usual, 2),
+             "corrected": (main_runs(variant="corrected"), usual, 2), "p 0.5, poster": (half, half, 5)}
+    assert [row[0] for row in table] == list(pairs)
+    for name, *columns in table:
+        ours, bases, comparisons = pairs[name]
+        with_sumix, alone, plain = ([100 * runs[arm][seed]["accuracy"] for seed in range(1, 6)] for runs, arm in (
+            (ours, "CutMix + SUMix"), (bases, "CutMix"), (usual, "plain")))
+        added = [one - other for one, other in zip(with_sumix, alone)]
+        spreads = [f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" for own in (alone, with_sumix)]
+        assert columns == [*spreads, f"{statistics.mean(alone) - statistics.mean(plain):+.1f}",
+                           with_student(added, 1 - 0.05 / comparisons), f"{sum(pair > 0 for pair in added)} of 5"]
+
+
 def measured(runs, arm, measure, key):
     "By seed, percent, of the networks of an arm"
     files = [ROOT / "results/mixing/evaluation" / f"{runs[arm][seed]['name']}.{measure}.json" for seed in range(1, 6)]
@@ -90,9 +106,10 @@ def measured(runs, arm, measure, key):
 
 
 def test_the_tables_of_robustness_follow_from_the_files():
-    runs, (table, by_mixer) = main_runs(), saved_tables(PAGE)[1:3]
+    runs, (table, by_mixer) = main_runs(), saved_tables(PAGE)[2:4]
     wanted = {"accuracy (%)": ("calibration", "accuracy"), "under 19 corruptions (%)": ("corruption", "mean_19"),
               "patches covered (%)": ("occlusion", "random"), "error, FGSM of 8 (%)": ("fgsm", "fgsm"),
+              "error, the authors' tool (%)": ("fgsm", "legacy"),
               "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
               "after one temperature (%)": ("calibration", "ece_scaled"),
               "AUROC by energy (%)": ("ood", "energy"), "AUROC by softmax (%)": ("ood", "softmax")}
@@ -104,8 +121,8 @@ def test_the_tables_of_robustness_follow_from_the_files():
         assert len(set.union(*images)) == 1
         alone, with_sumix = ([statistics.mean(seed) for seed in zip(*part)] for part in (found[1:5], found[5:]))
         assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in (found[0], alone, with_sumix)]
-        pairs = (alone, found[0]), (with_sumix, alone)
-        assert columns[3:] == [with_student([one - other for one, other in zip(*pair)], 1 - 0.05 / 9) for pair in pairs]
+        pairs = [[one - other for one, other in zip(*pair)] for pair in ((alone, found[0]), (with_sumix, alone))]
+        assert columns[3:] == [with_student(pair, 1 - 0.05 / 10) for pair in pairs]
         assert added == [f"{statistics.mean(one - other for one, other in zip(found[5 + i], found[1 + i])):+.1f}"
                          for i in range(4)]
 
