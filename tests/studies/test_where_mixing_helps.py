@@ -6,7 +6,7 @@ import statistics
 from tests.conftest import ROOT
 from tests.studies.oracles import saved_tables, with_student
 
-PAGE = ROOT / "nbs" / "studies" / "25_where_mixing_helps.ipynb"
+PAGE, ROBUSTNESS = (ROOT / "nbs" / "studies" / f"{name}.ipynb" for name in ("25_where_mixing_helps", "27_robustness"))
 NAMES = {"mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix", "resizemix": "ResizeMix"}
 DEFAULTS = {"alpha": 1, "p": 1, "off_after": 1, "variant": "poster", "xi": 0.5, "relabel": True, "label_rule": "area",
             "clean": "no_grad"}
@@ -106,7 +106,7 @@ def measured(runs, arm, measure, key):
 
 
 def test_the_tables_of_robustness_follow_from_the_files():
-    runs, (table, by_mixer) = main_runs(), saved_tables(PAGE)[2:4]
+    runs, (table, by_mixer) = main_runs(), saved_tables(ROBUSTNESS)
     wanted = {"accuracy (%)": ("calibration", "accuracy"), "under 19 corruptions (%)": ("corruption", "mean_19"),
               "patches covered (%)": ("occlusion", "random"), "error, FGSM of 8 (%)": ("fgsm", "fgsm"),
               "error, the authors' tool (%)": ("fgsm", "legacy"),
