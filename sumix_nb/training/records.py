@@ -42,12 +42,13 @@ def peak_memory(device:torch.device)->int|None:
 
 # %% ../../nbs/training/30_records.ipynb #09400932
 def device_name(device:torch.device)->str:
-    "What the system calls the GPU, or the processor with the number of threads"
+    "What the system calls the GPU, or the processor, its instruction set and how many threads"
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     facts = Path("/proc/cpuinfo") # Linux has this file
     found = re.search(r"model name\s*: *(.+)", facts.read_text("utf-8") if facts.exists() else "")
     name = found[1] if found else platform.processor() or platform.machine()
-    return f"{name.strip()}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability() # Two processors of one name can differ
+    return f"{name.strip()}, {instructions}, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/training/30_records.ipynb #5b2c8e04
 def make_record(recipe:Recipe, learn)->dict:
