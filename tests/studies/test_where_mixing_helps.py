@@ -80,10 +80,12 @@ def test_the_one_number_follows_from_the_files():
 
 
 def test_the_table_of_variants_and_doses_follows_from_the_files():
-    table, usual = saved_tables(PAGE)[1], main_runs()
-    half = main_runs(p=0.5)
+    table, usual = saved_tables(PAGE)[2], main_runs()
+    doses = {"p 0.5": main_runs(p=0.5), "alpha 0.2": main_runs(alpha=0.2),
+             "alpha 0.2, p 0.5": main_runs(alpha=0.2, p=0.5), "off in the last fifth": main_runs(off_after=0.8)}
     pairs = {"poster, the default": (usual, usual, 5), "released": (main_runs(variant="released"), usual, 2),
-             "corrected": (main_runs(variant="corrected"), usual, 2), "p 0.5, poster": (half, half, 5)}
+             "corrected": (main_runs(variant="corrected"), usual, 2)}
+    pairs |= {f"{dose}, poster": (runs, runs, 5) for dose, runs in doses.items()}
     assert [row[0] for row in table] == list(pairs)
     for name, *columns in table:
         ours, bases, comparisons = pairs[name]
@@ -93,6 +95,31 @@ def test_the_table_of_variants_and_doses_follows_from_the_files():
         spreads = [f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" for own in (alone, with_sumix)]
         assert columns == [*spreads, f"{statistics.mean(alone) - statistics.mean(plain):+.1f}",
                            with_student(added, 1 - 0.05 / comparisons), f"{sum(pair > 0 for pair in added)} of 5"]
+    for runs in doses.values():
+        for seed in range(1, 6): assert runs["CutMix"][seed]["device"] == runs["CutMix + SUMix"][seed]["device"]
+
+
+def test_runs_made_again_are_of_the_same_recipes_on_another_processor():
+    runs, table, again = main_runs(), saved_tables(PAGE)[1], {}
+    for file in sorted((ROOT / "results/mixing/another_processor").glob("*.json")):
+        second, first = (json.loads(path.read_text()) for path in (file, file.parent.parent / file.name))
+        assert second["recipe"] == first["recipe"] and second["commit"][-1] != "+"
+        assert (first["device"], second["device"]) == ("AMD EPYC, 1 threads", "AMD EPYC, AVX512, 1 threads")
+        arm = NAMES[second["recipe"]["mixer"]] + (" + SUMix" if second["recipe"]["method"] == "sumix" else "")
+        again.setdefault(arm, {})[second["recipe"]["seed"]] = second
+
+    def added(runs, mixer):
+        return [100 * (runs[f"{mixer} + SUMix"][seed]["accuracy"] - runs[mixer][seed]["accuracy"])
+                for seed in range(1, 6)]
+
+    assert sorted(again) == ["CutMix", "CutMix + SUMix", "MixUp", "MixUp + SUMix"]
+    pairs = {mixer: (added(runs, mixer), added(again, mixer)) for mixer in ("MixUp", "CutMix")}
+    rest = [added(runs, mixer) for mixer in NAMES.values() if mixer not in pairs]
+    pairs["the one number"] = [[statistics.mean(seed) for seed in zip(*(pairs[mixer][i] for mixer in pairs), *rest)]
+                               for i in (0, 1)]
+    assert table == [[name, with_student(first), with_student(second),
+                      with_student([(one + other) / 2 for one, other in zip(first, second)])]
+                     for name, (first, second) in pairs.items()]
 
 
 def measured(runs, arm, measure, key):
@@ -113,18 +140,18 @@ def test_the_tables_of_robustness_follow_from_the_files():
               "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
               "after one temperature (%)": ("calibration", "ece_scaled"),
               "AUROC by energy (%)": ("ood", "energy"), "AUROC by softmax (%)": ("ood", "softmax")}
-    mixers = ["CutMix", "FMix", "SaliencyMix", "ResizeMix"]
+    mixers = list(NAMES.values())
     arms = ["plain", *mixers, *(f"{mixer} + SUMix" for mixer in mixers)]
     assert [row[0] for row in table] == [row[0] for row in by_mixer] == list(wanted)
     for (name, *columns), (_, *added) in zip(table, by_mixer):
         found, images = zip(*(measured(runs, arm, *wanted[name]) for arm in arms))
         assert len(set.union(*images)) == 1
-        alone, with_sumix = ([statistics.mean(seed) for seed in zip(*part)] for part in (found[1:5], found[5:]))
+        alone, with_sumix = ([statistics.mean(seed) for seed in zip(*part)] for part in (found[1:6], found[6:]))
         assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in (found[0], alone, with_sumix)]
         pairs = [[one - other for one, other in zip(*pair)] for pair in ((alone, found[0]), (with_sumix, alone))]
         assert columns[3:] == [with_student(pair, 1 - 0.05 / 10) for pair in pairs]
-        assert added == [f"{statistics.mean(one - other for one, other in zip(found[5 + i], found[1 + i])):+.1f}"
-                         for i in range(4)]
+        assert added == [f"{statistics.mean(one - other for one, other in zip(found[6 + i], found[1 + i])):+.1f}"
+                         for i in range(5)]
 
 
 def test_the_row_of_the_readme_follows_from_the_files():
