@@ -65,4 +65,4 @@ def test_the_table_of_parts_where_mixing_helps_follows_from_the_files():
         gaps = [[own[seed] - base[seed] for seed in sorted(own)] for both in bases for base in both]
         spread = f"{statistics.mean(own.values()):.1f} ± {statistics.stdev(own.values()):.1f}"
         assert columns == [str(len(own)), spread, *(with_student(gap, 1 - 0.05 / 9) for gap in gaps[:2]),
-                           *(f"{statistics.mean(gap):+.1f}" for gap in gaps[2:])]
+                           ", ".join(f"{statistics.mean(gap):+.1f}" for gap in gaps[2:])]

@@ -85,7 +85,7 @@ def test_the_table_of_variants_and_doses_follows_from_the_files():
              "alpha 0.2, p 0.5": main_runs(alpha=0.2, p=0.5), "off in the last fifth": main_runs(off_after=0.8)}
     pairs = {"poster, the default": (usual, usual, 5), "released": (main_runs(variant="released"), usual, 2),
              "corrected": (main_runs(variant="corrected"), usual, 2)}
-    pairs |= {f"{dose}, poster": (runs, runs, 5) for dose, runs in doses.items()}
+    pairs |= {dose: (runs, runs, 5) for dose, runs in doses.items()}
     assert [row[0] for row in table] == list(pairs)
     for name, *columns in table:
         ours, bases, comparisons = pairs[name]
