@@ -69,8 +69,8 @@ def test_the_rule_follows_from_the_files():
     (cut, most), judges = fitted(), signs(2)
     told = sum((gap > cut) == gains for gap, gains in judges)
     always = max(sum(gains for _, gains in judges), sum(not gains for _, gains in judges))
-    shown = re.search(r"at a gap of (\S+): (\d+) of (\d+) signs of seed 1.*?; (\d+) of \d+ of seed 2 \(.*?: (\d+)\)",
-                      PAGE.read_text())
+    shown = re.search(r"at a gap of (\S+): (\d+) of (\d+) signs of seed 1.*?(\d+) of \d+ of seed 2 \(.*?: (\d+)\)",
+                      "".join(re.findall(r'"(cut at.*?|\d+ of \d+ of seed 2.*?)\\n"', PAGE.read_text())))
     assert shown.groups() == (f"{cut:.1f}", str(most), str(len(judges)), str(told), str(always))
 
 
