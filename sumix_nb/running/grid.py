@@ -120,22 +120,25 @@ def forget_failures(recipes, out):
 
 # %% ../../nbs/running/20_grid.ipynb #af7e1eb0
 CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+_asked = [] # SIGTERM that reached a child outside a training
 
 
 def begin():
-    "End with the parent, quietly after SIGTERM, and leave Ctrl-C to the parent"
+    "End with the parent, remember SIGTERM, and leave Ctrl-C to the parent"
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, frame: _asked.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_alone(recipe, threads, options):
-    "Train in a process that does nothing else"
+    "Train in a process that does nothing else; SIGTERM ends it, also one that came before"
     torch.set_num_threads(threads)
-    return train(recipe, progress=False, **options)
+    with handling_signals(lambda number, frame: sys.exit(128 + number)):
+        if _asked: sys.exit(128 + _asked[0])
+        return train(recipe, progress=False, **options)
 
 # %% ../../nbs/running/20_grid.ipynb #bb37afd7
 class LocalEngine:

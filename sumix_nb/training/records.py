@@ -46,9 +46,8 @@ def device_name(device:torch.device)->str:
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     facts = Path("/proc/cpuinfo") # Linux has this file
     found = re.search(r"model name\s*: *(.+)", facts.read_text("utf-8") if facts.exists() else "")
-    name = found[1] if found else platform.processor() or platform.machine()
-    instructions = torch.backends.cpu.get_cpu_capability() # Two processors of one name can differ
-    return f"{name.strip()}, {instructions}, {torch.get_num_threads()} threads"
+    name = (found[1] if found else platform.processor() or platform.machine()).strip()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/training/30_records.ipynb #5b2c8e04
 def make_record(recipe:Recipe, learn)->dict:

@@ -167,6 +167,7 @@ def test_a_stopped_grid_says_one_line_and_keeps_its_checkpoint(
 @pytest.mark.parametrize("number, state", [(signal.SIGTERM, "waiting"), (signal.SIGKILL, "failed")])
 @pytest.mark.parametrize("kept", [False, True])
 def test_sigterm_to_a_run_is_no_failure_and_sigkill_is(tmp_path, number, state, kept):
+    "Also at once, before the child has begun to train"
     engine, recipe = LocalEngine(1, 1), Recipe(epochs=40, **TINY)
     checkpoint = tmp_path / "running" / f"{recipe.name}.ckpt"
     options = {"folder": tmp_path} | ({"checkpoints": checkpoint.parent} if kept else {})
@@ -174,7 +175,6 @@ def test_sigterm_to_a_run_is_no_failure_and_sigkill_is(tmp_path, number, state, 
     with ThreadPoolExecutor() as pool:
         run = pool.submit(run_one, recipe, tmp_path, engine, options)
         wait_until(checkpoint.is_file if kept else lambda: engine.children)
-        if not kept: time.sleep(0.5)
         os.kill(*engine.children.values(), number)
         assert run.result() == state == state_of(recipe, tmp_path)
     if state == "failed": assert "the process was killed" in failures([recipe], tmp_path)[0]
