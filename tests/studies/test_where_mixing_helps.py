@@ -7,16 +7,18 @@ from tests.conftest import ROOT
 from tests.studies.oracles import saved_tables, with_student
 
 PAGE, ROBUSTNESS = (ROOT / "nbs" / "studies" / f"{name}.ipynb" for name in ("25_where_mixing_helps", "27_robustness"))
-NAMES = {"mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix", "resizemix": "ResizeMix"}
+NAMES = {"mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix", "resizemix": "ResizeMix",
+         "puzzlemix": "PuzzleMix", "automix": "AutoMix"}
+FIVE = list(NAMES.values())[:5]  # of the one number
 DEFAULTS = {"alpha": 1, "p": 1, "off_after": 1, "variant": "poster", "xi": 0.5, "relabel": True, "label_rule": "area",
             "clean": "no_grad"}
 KINDS = ("plain", "CutMix", "CutMix + SUMix")
 
 
-def main_runs(**changed):
+def main_runs(folder="mixing", **changed):
     "Arm -> seed -> record, of the arms of the first table, or of those that are not as by default"
     found, options = {}, DEFAULTS | changed
-    for file in sorted((ROOT / "results/mixing").glob("*.json")):
+    for file in sorted((ROOT / "results" / folder).glob("*.json")):
         record = json.loads(file.read_text())
         recipe = record["recipe"]
         assert record["commit"][-1] != "+" and recipe["limit"] == [2500, 10000] and recipe["epochs"] == 120
@@ -31,7 +33,7 @@ def main_runs(**changed):
 
 def test_a_mixer_and_the_same_with_sumix_ran_on_one_kind_of_processor():
     runs = main_runs()
-    assert len(runs) == 11
+    assert len(runs) == 15
     for mixer in NAMES.values():
         assert len({record["device"] for arm in (mixer, f"{mixer} + SUMix") for record in runs[arm].values()}) == 1
 
@@ -54,7 +56,7 @@ def calibration_error(record):
 def test_the_table_of_mixers_follows_from_the_files():
     runs = main_runs()
     table = saved_tables(PAGE)[0]
-    assert [row[0] for row in table] == [name for name in NAMES.values() if f"{name} + SUMix" in runs]
+    assert [row[0] for row in table] == list(NAMES.values())
     for mixer, *columns in table:
         seeds = sorted(set(runs[mixer]) & set(runs[f"{mixer} + SUMix"]))
         alone, with_sumix, plain = ([100 * runs[arm][seed]["accuracy"] for seed in seeds]
@@ -68,14 +70,19 @@ def test_the_table_of_mixers_follows_from_the_files():
                            f"{errors[0]:.0f}, {errors[1]:.0f}"]
 
 
+def added_to(runs, mixer, seeds=range(1, 6)):
+    "What SUMix adds to a mixer, seed by seed, points"
+    return [100 * (runs[f"{mixer} + SUMix"][seed]["accuracy"] - runs[mixer][seed]["accuracy"]) for seed in seeds]
+
+
+def mean_of_five(by_mixer): return [statistics.mean(seed) for seed in zip(*(by_mixer[mixer] for mixer in FIVE))]
+
+
 def test_the_one_number_follows_from_the_files():
     runs = main_runs()
-    mixers = [name for name in NAMES.values() if f"{name} + SUMix" in runs]
-    seeds = set.intersection(*(set(runs[f"{name}{end}"]) for name in mixers for end in ("", " + SUMix")))
-    added = [statistics.mean(100 * (runs[f"{name} + SUMix"][seed]["accuracy"] - runs[name][seed]["accuracy"])
-                             for name in mixers) for seed in sorted(seeds)]
+    added = mean_of_five({mixer: added_to(runs, mixer) for mixer in FIVE})
     shown = re.search(r"by seed ({.*?}), mean (.*?)\\n", PAGE.read_text())
-    assert shown[1] == str({seed: round(one, 2) for seed, one in zip(sorted(seeds), added)})
+    assert shown[1] == str({seed: round(one, 2) for seed, one in enumerate(added, 1)})
     assert shown[2] == with_student(added)
 
 
@@ -107,16 +114,11 @@ def test_runs_made_again_are_of_the_same_recipes_on_another_processor():
         assert (first["device"], second["device"]) == ("AMD EPYC, 1 threads", "AMD EPYC, AVX512, 1 threads")
         arm = NAMES[second["recipe"]["mixer"]] + (" + SUMix" if second["recipe"]["method"] == "sumix" else "")
         again.setdefault(arm, {})[second["recipe"]["seed"]] = second
-
-    def added(runs, mixer):
-        return [100 * (runs[f"{mixer} + SUMix"][seed]["accuracy"] - runs[mixer][seed]["accuracy"])
-                for seed in range(1, 6)]
-
     assert sorted(again) == ["CutMix", "CutMix + SUMix", "MixUp", "MixUp + SUMix"]
-    pairs = {mixer: (added(runs, mixer), added(again, mixer)) for mixer in ("MixUp", "CutMix")}
-    rest = [added(runs, mixer) for mixer in NAMES.values() if mixer not in pairs]
-    pairs["the one number"] = [[statistics.mean(seed) for seed in zip(*(pairs[mixer][i] for mixer in pairs), *rest)]
-                               for i in (0, 1)]
+    pairs = {mixer: (added_to(runs, mixer), added_to(again, mixer)) for mixer in ("MixUp", "CutMix")}
+    first = {mixer: added_to(runs, mixer) for mixer in FIVE}
+    second = first | {mixer: later for mixer, (_, later) in pairs.items()}
+    pairs["the one number"] = mean_of_five(first), mean_of_five(second)
     assert table == [[name, with_student(first), with_student(second),
                       with_student([(one + other) / 2 for one, other in zip(first, second)])]
                      for name, (first, second) in pairs.items()]
@@ -140,8 +142,7 @@ def test_the_tables_of_robustness_follow_from_the_files():
               "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
               "after one temperature (%)": ("calibration", "ece_scaled"),
               "AUROC by energy (%)": ("ood", "energy"), "AUROC by softmax (%)": ("ood", "softmax")}
-    mixers = list(NAMES.values())
-    arms = ["plain", *mixers, *(f"{mixer} + SUMix" for mixer in mixers)]
+    arms = ["plain", *FIVE, *(f"{mixer} + SUMix" for mixer in FIVE)]
     assert [row[0] for row in table] == [row[0] for row in by_mixer] == list(wanted)
     for (name, *columns), (_, *added) in zip(table, by_mixer):
         found, images = zip(*(measured(runs, arm, *wanted[name]) for arm in arms))
