@@ -142,17 +142,17 @@ def test_the_tables_of_robustness_follow_from_the_files():
               "error, PGD of 2 (%)": ("pgd", "2"), "calibration error (%)": ("calibration", "ece"),
               "after one temperature (%)": ("calibration", "ece_scaled"),
               "AUROC by energy (%)": ("ood", "energy"), "AUROC by softmax (%)": ("ood", "softmax")}
-    arms = ["plain", *FIVE, *(f"{mixer} + SUMix" for mixer in FIVE)]
+    arms = ["plain", *NAMES.values(), *(f"{mixer} + SUMix" for mixer in NAMES.values())]
     assert [row[0] for row in table] == [row[0] for row in by_mixer] == list(wanted)
     for (name, *columns), (_, *added) in zip(table, by_mixer):
         found, images = zip(*(measured(runs, arm, *wanted[name]) for arm in arms))
         assert len(set.union(*images)) == 1
-        alone, with_sumix = ([statistics.mean(seed) for seed in zip(*part)] for part in (found[1:6], found[6:]))
+        alone, with_sumix = ([statistics.mean(seed) for seed in zip(*part)] for part in (found[1:6], found[8:13]))
         assert columns[:3] == [f"{statistics.mean(own):.1f}" for own in (found[0], alone, with_sumix)]
         pairs = [[one - other for one, other in zip(*pair)] for pair in ((alone, found[0]), (with_sumix, alone))]
         assert columns[3:] == [with_student(pair, 1 - 0.05 / 10) for pair in pairs]
-        assert added == [f"{statistics.mean(one - other for one, other in zip(found[6 + i], found[1 + i])):+.1f}"
-                         for i in range(5)]
+        assert added == [f"{statistics.mean(one - other for one, other in zip(found[8 + i], found[1 + i])):+.1f}"
+                         for i in range(7)]
 
 
 def test_the_row_of_the_readme_follows_from_the_files():
