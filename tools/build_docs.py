@@ -314,7 +314,10 @@ MENUS = {'<nav class="navbar ': "Site", '<nav class="quarto-secondary-nav"': "Wh
          '<nav id="quarto-sidebar"': "Pages", '<nav class="page-navigation"': "Next and previous page"}
 STRIP = 3.5  # From this ratio of width to height on, a figure scrolls on a telephone instead of shrinking
 FIGURE = re.compile(r'<img (?=[^>]*src="data:image/(?:png|jpeg);base64,([^"]*)")')
-NOTEBOOK = re.compile(r"\]\(nbs/((?:\w+/)*)(?:\d+_)?(\w+)\.ipynb\)")  # a link to it, in text that machines read
+# In text that machines read: a link to a page, and one that starts at the top of the repository or of the site
+TO_PAGE = re.compile(r"\]\(((?:[\w.]+/)*)(?:\d+_)?(\w+)\.(?:ipynb|html)(?:#[^)]*)?\)")
+FROM_TOP = re.compile(r"\]\((?:nbs/|/)(?=[\w./]+\.(?:ipynb|html)\b)")
+PICTURE = re.compile(r"!\[([^\]]*)\]\([^)]*\)")
 SKIP_LINK = '<a class="skip-link" href="#quarto-document-content">Skip to the content</a>'
 
 
@@ -353,10 +356,10 @@ def make_offline(docs):
     for path in sorted(docs.rglob("*.html")):
         up = "../" * (len(path.relative_to(docs).parts) - 1)
         path.write_text(finish_page(path.read_text(encoding="utf-8"), up), encoding="utf-8")
-    for path in sorted(docs.rglob("*.llms.md")):  # copies for machines that read: text without pictures
-        text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", path.read_text(encoding="utf-8"))
+    for path in sorted(docs.rglob("*.llms.md")):  # copies for machines that read: what pictures show, in words
         up = "../" * (len(path.relative_to(docs).parts) - 1)
-        text = NOTEBOOK.sub(rf"]({up}\1\2.llms.md)", text)
+        text = PICTURE.sub(r"[Figure: \1]", path.read_text(encoding="utf-8"))
+        text = TO_PAGE.sub(r"](\1\2.llms.md)", FROM_TOP.sub(f"]({up}", text))
         path.write_text(text, encoding="utf-8")
     for folder in sorted(docs.rglob("*_files")): shutil.rmtree(folder)
     search = docs / "search.json"

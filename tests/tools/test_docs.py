@@ -114,6 +114,17 @@ def broken_links(docs):
     return problems
 
 
+def broken_copies(docs):
+    "Links in the copies for machines, outside code, that lead to no copy"
+    problems = []
+    for path in sorted(docs.rglob("*.llms.md")):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not is_external(target)]
+        problems += [f"{path.relative_to(docs)}: {target}: no such copy" for target in targets
+                     if not (target.endswith(".llms.md") and (path.parent / target).is_file()) and target[0] != "#"]
+    return problems
+
+
 def double_ids(docs):
     "Anchors that a page has twice, so that a link cannot say which"
     return [f"{path.relative_to(docs)}: {name}" for path, page in read_pages(docs).items()
@@ -266,8 +277,8 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs 
 def test_docs_are_up_to_date(): assert build_docs.stale() == []
 
 
-@pytest.mark.parametrize("check", [broken_links, double_ids, pictures_without_alt, double_definitions, network_requests,
-                                   leftover_markup, machine_traces,
+@pytest.mark.parametrize("check", [broken_links, broken_copies, double_ids, pictures_without_alt, double_definitions,
+                                   network_requests, leftover_markup, machine_traces,
                                    pytest.param(bad_formulas, marks=needs_node)])
 def test_site(docs, check): assert check(docs) == []
 
@@ -377,6 +388,12 @@ def test_fault_is_found(tmp_path, check, fault, message):
     assert check(make_site(tmp_path, GOOD)) == []
     problems = check(make_site(tmp_path, GOOD + fault))
     assert len(problems) >= 1 and message in problems[0]
+
+
+@pytest.mark.parametrize("link", ["[x](10_core.ipynb)", "[x](/core.html#mix)", "[x](missing.llms.md)"])
+def test_broken_copy_is_found(tmp_path, link):
+    (tmp_path / "core.llms.md").write_text(f"[x](core.llms.md) [out](https://example.org) `a[0](b)` {link}")
+    assert broken_copies(tmp_path) == [f"core.llms.md: {link[4:-1]}: no such copy"]
 
 
 @pytest.mark.parametrize("css", [
