@@ -12,7 +12,7 @@ from sumix_nb.studies.cifar100_cpu import arm_of, gains, study_runs
 from sumix_nb.training.recipe import Recipe
 from sumix_nb.training.records import load_records
 from tests.conftest import ROOT
-from tests.studies.oracles import saved_tables
+from tests.studies.oracles import saved_tables, with_student
 
 PAGE = ROOT / "nbs" / "studies" / "20_cifar100_cpu.ipynb"
 NAMES = {"none": "plain", "mixup": "MixUp", "cutmix": "CutMix", "fmix": "FMix", "saliencymix": "SaliencyMix",
@@ -114,10 +114,30 @@ def tables(text):
 
 
 def test_every_number_in_the_tables_of_the_page_follows_from_the_files():
-    first, *shown, floors = saved_tables(PAGE)
+    first, *shown, floors, _ = saved_tables(PAGE)
     for table, expected in zip(shown, expected_tables(), strict=True): assert sorted(table) == sorted(expected)
     right = sorted(f"{100 * record['accuracy']:.1f}" for group in by_hand().values() for record in group.values())
     assert sorted(cell for row in first for cell in row[1:] if cell != "NaN") == right and len(floors) == 12
+
+
+def test_the_table_of_doses_follows_from_the_files():
+    whole = by_hand()
+    runs = {((1.0, 1.0), method): whole["CutMix", method, "poster"] for method in ("mce", "sumix")}
+    for file in (ROOT / "results/dose").glob("*.json"):
+        record = json.loads(file.read_text())
+        recipe = record["recipe"]
+        assert record["commit"][-1] != "+" and recipe["mixer"] == "cutmix"
+        assert all(recipe.get(name, value) == value for name, value in COMMON.items() if name != "p")
+        runs.setdefault(((recipe["p"], recipe["off_after"]), recipe["method"]), {})[recipe["seed"]] = record
+    table = saved_tables(PAGE)[-1]
+    for (_, *columns), dose in zip(table, ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)), strict=True):
+        plain, alone, with_sumix = ([100 * found[seed]["accuracy"] for seed in range(3)] for found in (
+            whole["plain", "mce", "poster"], runs[dose, "mce"], runs[dose, "sumix"]))
+        above, added = ([one - other for one, other in zip(*pair)] for pair in ((alone, plain), (with_sumix, alone)))
+        assert columns == [spread(alone), with_student(above), spread(with_sumix), with_student(added),
+                           ", ".join(f"{gain:+.1f}" for gain in added)]
+        assert all(runs[dose, "mce"][seed]["device"] == runs[dose, "sumix"][seed]["device"] for seed in range(3))
+    assert len(runs) == 6
 
 
 def test_the_row_of_the_readme_follows_from_the_files():
