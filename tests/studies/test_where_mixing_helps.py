@@ -15,10 +15,10 @@ DEFAULTS = {"alpha": 1, "p": 1, "off_after": 1, "variant": "poster", "xi": 0.5, 
 KINDS = ("plain", "CutMix", "CutMix + SUMix")
 
 
-def main_runs(folder="mixing", **changed):
+def main_runs(**changed):
     "Arm -> seed -> record, of the arms of the first table, or of those that are not as by default"
     found, options = {}, DEFAULTS | changed
-    for file in sorted((ROOT / "results" / folder).glob("*.json")):
+    for file in sorted((ROOT / "results/mixing").glob("*.json")):
         record = json.loads(file.read_text())
         recipe = record["recipe"]
         assert record["commit"][-1] != "+" and recipe["limit"] == [2500, 10000] and recipe["epochs"] == 120
@@ -70,9 +70,9 @@ def test_the_table_of_mixers_follows_from_the_files():
                            f"{errors[0]:.0f}, {errors[1]:.0f}"]
 
 
-def added_to(runs, mixer, seeds=range(1, 6)):
+def added_to(runs, mixer):
     "What SUMix adds to a mixer, seed by seed, points"
-    return [100 * (runs[f"{mixer} + SUMix"][seed]["accuracy"] - runs[mixer][seed]["accuracy"]) for seed in seeds]
+    return [100 * (runs[f"{mixer} + SUMix"][seed]["accuracy"] - runs[mixer][seed]["accuracy"]) for seed in range(1, 6)]
 
 
 def mean_of_five(by_mixer): return [statistics.mean(seed) for seed in zip(*(by_mixer[mixer] for mixer in FIVE))]
